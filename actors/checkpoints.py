@@ -1,0 +1,116 @@
+"""A run's checkpoints: folders begun, rank files reported, manifests written, old ones collected.
+
+Files are written by the managers; this desk commits a manifest once all of a view's ranks have reported.
+Manifests and collection touch the disk, so they run in one worker thread; `on_done(folder, step, error)` is
+called from it.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+import msgspec
+
+from everstep.actors.config import Saved
+from everstep.platform.job.spec import JobSpec
+from everstep.storage.errors import StorageError
+from everstep.storage.manifest import CheckpointName, commit, names, new_folder, run_folder
+from everstep.storage.rank_file import FileRecord
+from everstep.storage.retention import collect
+
+
+@dataclass
+class _Open:
+    step: int
+    name: CheckpointName
+    files: int
+    progress: dict[str, int]
+    records: list[FileRecord] = field(default_factory=list)
+    failed: str = ""
+    reported: int = 0
+
+
+def epoch_of(root: Path) -> int:
+    """One above every execution that left a checkpoint's folder here."""
+    return max((name.epoch for name in names(root)), default=0) + 1
+
+
+class CheckpointDesk:
+    """Checkpoints of one execution; methods are called by the supervisor's loop."""
+
+    def __init__(self, spec: JobSpec, spec_dir: Path, epoch: int, on_done: Callable[[str, int, str], None]) -> None:
+        assert spec.checkpoint is not None
+        folder = spec.checkpoint_dir(spec_dir)
+        assert folder is not None
+        self.root = run_folder(str(folder), spec.name, spec.run_name)
+        self._spec = spec
+        self._epoch = epoch
+        self._on_done = on_done
+        self._open: dict[str, _Open] = {}
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="manifest")
+        self._pending: list[Future[None]] = []
+        self.trusted: set[str] = set()
+
+    def begin(self, step: int, files: int, progress: dict[str, int]) -> str:
+        """A new folder for `step`, to be filled by `files` ranks; "" (and on_done) when storage refuses."""
+        try:
+            folder, name = new_folder(self.root, step, self._epoch)
+        except StorageError as error:
+            self._on_done("", step, str(error))
+            return ""
+        self._open[str(folder)] = _Open(step, name, files, progress)
+        return str(folder)
+
+    def saved(self, saved: Saved) -> None:
+        """A manager has written a rank's file, or could not."""
+        entry = self._open.get(saved.folder)
+        if entry is None:
+            return
+        entry.reported += 1
+        if saved.error:
+            entry.failed = saved.error
+        else:
+            entry.records.append(msgspec.msgpack.decode(saved.record, type=FileRecord))
+        if entry.reported == entry.files:
+            del self._open[saved.folder]
+            self._pending.append(self._worker.submit(self._finish, saved.folder, entry))
+
+    def abandon(self, base_step: int) -> None:
+        """A view has ended: what its ranks had not all sealed will never be complete."""
+        for folder, entry in list(self._open.items()):
+            if entry.step > base_step:
+                del self._open[folder]
+                self._on_done(folder, entry.step, "its view ended before every rank had sealed it")
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._open) or not all(future.done() for future in self._pending)
+
+    def close(self) -> None:
+        self._worker.shutdown(wait=True)
+
+    def _finish(self, folder: str, entry: _Open) -> None:
+        try:
+            if entry.failed:
+                raise StorageError(entry.failed)
+            spec = self._spec
+            versions = {name: version(name) for name in ("everstep", "torch")} | {"python": platform.python_version()}
+            commit(
+                folder, entry.records, job=spec.name, run=spec.run_name, name=entry.name, spec=spec.to_dict(),
+                progress=entry.progress, versions=versions,
+            )  # fmt: skip
+        except StorageError as error:
+            self._on_done(folder, entry.step, str(error))
+            return
+        self.trusted.add(str(entry.name))
+        self._on_done(folder, entry.step, "")
+        assert spec.checkpoint is not None
+        collect(
+            self.root, spec.checkpoint.keep, self._epoch,
+            in_progress=[Path(name).name for name in list(self._open)], trusted=self.trusted,
+        )  # fmt: skip

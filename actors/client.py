@@ -1,0 +1,48 @@
+"""Steers and watches a live run from outside, over its supervisor's endpoint. Implements `RunClient`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from everstep.collectives.control import call
+from everstep.collectives.errors import CollectiveError
+from everstep.platform.job.result import RunResult
+from everstep.platform.job.status import Event, Status
+
+
+class SupervisorClient:
+    """Calls raise ConnectionError when the supervisor cannot be reached or refuses the token."""
+
+    def __init__(self, address: str, token: str) -> None:
+        self._address = address
+        self._token = token
+
+    def _call(self, request: dict[str, Any]) -> bytes:
+        try:
+            return call(self._address, self._token, msgspec.msgpack.encode(request))
+        except CollectiveError as error:
+            raise ConnectionError(str(error)) from error
+
+    def status(self) -> Status:
+        return msgspec.json.decode(self._call({"do": "status"}), type=Status)
+
+    def events(self, after: int) -> list[Event]:
+        return msgspec.json.decode(self._call({"do": "events", "after": after}), type=list[Event])
+
+    def scale(self, ranks: int) -> str:
+        return msgspec.json.decode(self._call({"do": "scale", "ranks": ranks}), type=str)
+
+    def stop(self, reason: str) -> None:
+        self._call({"do": "stop", "reason": reason})
+
+    def result(self) -> RunResult | None:
+        return msgspec.json.decode(self._call({"do": "result"}), type=RunResult | None)
+
+
+def connect(address: str, token: str) -> SupervisorClient:
+    """A client of the run at `address`; raises ConnectionError if nobody answers there."""
+    client = SupervisorClient(address, token)
+    client.status()
+    return client

@@ -1,0 +1,88 @@
+"""What a started process is told. The bytes hold the token: they travel by pipe or actor call, never by argv."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+
+class ManagerConfig(msgspec.Struct, frozen=True):
+    run_id: str
+    run_folder: str  # /dev/shm/everstep-RUNID
+    name: str  # manager-SLOT.INCARNATION
+    slot: int
+    domain: str
+    token: str
+    coordinator: str  # host:port
+    host: str  # interface to listen on
+    frozen_s: float
+    threads: int = 1
+
+
+class RankConfig(msgspec.Struct, frozen=True):
+    run_id: str
+    run_folder: str
+    name: str  # rank-SLOT.INCARNATION
+    slot: int
+    domain: str
+    token: str
+    manager: str  # host:port of the manager's control listener
+    fetch: str  # host:port of the manager's fetch listener
+    host: str
+    spec: dict[str, Any]
+    spec_dir: str
+    metrics: str = ""  # file for the jsonl log, written by rank 0
+
+
+class SlotsWanted(msgspec.Struct, frozen=True):
+    """A trainer asks its manager for segments."""
+
+    label: tuple[int, int]  # epoch, view number
+    capacity_bytes: int
+    count: int
+
+
+class SlotsGiven(msgspec.Struct, frozen=True):
+    label: tuple[int, int]
+    paths: tuple[str, ...]
+    error: str = ""
+
+
+class SaveSegment(msgspec.Struct, frozen=True):
+    """A trainer has sealed `step` in `path`: its manager writes it into the checkpoint's folder."""
+
+    path: str
+    step: int
+    folder: str
+    file: str
+
+
+class Saved(msgspec.Struct, frozen=True):
+    """`record` is a msgpack FileRecord; `error` says why there is none."""
+
+    folder: str
+    step: int
+    file: str
+    record: bytes = b""
+    error: str = ""
+
+
+class TaskFailed(msgspec.Struct, frozen=True):
+    message: str
+    traceback: str
+    step: int
+    lane: int
+    rank: int = -1
+
+
+class Wake(msgspec.Struct, frozen=True):
+    """Scripted: `name` is sent SIGCONT when it is to be fenced, and killed only `wake_s` later."""
+
+    name: str
+    wake_s: float
+
+
+class FaultReached(msgspec.Struct, frozen=True):
+    index: int
+    step: int

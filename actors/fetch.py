@@ -1,0 +1,154 @@
+"""Segments across domains: a manager serves byte ranges of its sealed segments, a rank asks for them.
+
+One connection, one request, one answer; mutual proof of the token first. The server reads only files that its
+`resolve` knows, bounds are checked against the segment, and a segment that changes under the read is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import struct
+import threading
+from collections.abc import Callable, Sequence
+
+import msgspec
+import xxhash
+
+from everstep.collectives.errors import HandshakeRefused
+from everstep.collectives.handshake import NONCE_BYTES, PROOF_BYTES, new_nonce, proof, proof_matches
+from everstep.storage.errors import SegmentDamaged, StorageError
+from everstep.storage.planner import Copy
+from everstep.storage.segment import SegmentMap, payload, read_seal
+
+_LENGTH = struct.Struct("<Q")
+_MAX_REQUEST_BYTES = 64 << 20
+_CONTEXT = b"fetch"
+_TIMEOUT_S = 20.0
+
+
+class Range(msgspec.Struct, frozen=True, array_like=True):
+    locator: str
+    offset: int
+    nbytes: int
+
+
+class FetchServer:
+    """Serves segments. `resolve(locator)` gives a path, or None for what this domain does not have."""
+
+    def __init__(self, host: str, token: str, resolve: Callable[[str], str | None]) -> None:
+        self._token = token
+        self._resolve = resolve
+        self._socket = socket.create_server((host, 0), backlog=128)
+        self.address = f"{host}:{self._socket.getsockname()[1]}"
+        self._thread = threading.Thread(target=self._accept, name="fetch-accept", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+        self._thread.join(2)
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._socket.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._serve, args=(connection,), name="fetch-serve", daemon=True).start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        with connection:
+            try:
+                connection.settimeout(_TIMEOUT_S)
+                theirs = _read(connection, NONCE_BYTES)
+                mine = new_nonce()
+                connection.sendall(mine + proof(self._token, "server", theirs, mine, _CONTEXT))
+                if not proof_matches(_read(connection, PROOF_BYTES), self._token, "client", theirs, mine, _CONTEXT):
+                    return
+                (length,) = _LENGTH.unpack(_read(connection, _LENGTH.size))
+                if length > _MAX_REQUEST_BYTES:
+                    return
+                self._answer(connection, msgspec.msgpack.decode(_read(connection, length), type=list[Range]))
+            except (OSError, msgspec.DecodeError, HandshakeRefused):
+                return
+
+    def _answer(self, connection: socket.socket, ranges: Sequence[Range]) -> None:
+        maps: dict[str, SegmentMap] = {}
+        try:
+            for item in ranges:
+                try:
+                    if item.locator not in maps:
+                        path = self._resolve(item.locator)
+                        if path is None:
+                            raise SegmentDamaged(f"there is no segment {item.locator!r} here")
+                        maps[item.locator] = SegmentMap(path, writable=False)
+                        if read_seal(maps[item.locator]) is None:
+                            raise SegmentDamaged(f"segment {item.locator!r} is not sealed")
+                    data = payload(maps[item.locator], item.offset, item.nbytes)
+                except StorageError as error:
+                    text = str(error).encode()
+                    connection.sendall(b"\x00" + _LENGTH.pack(len(text)) + text)
+                    return
+                connection.sendall(b"\x01")
+                connection.sendall(data)
+                data.release()
+        finally:
+            for segment in maps.values():
+                segment.close()
+
+
+def fetch(address: str, token: str, copies: Sequence[tuple[Copy, memoryview]]) -> None:
+    """Fills each buffer from the manager at `address`; whole fragments are checked against their checksums.
+
+    Raises SegmentDamaged (refused, or a wrong checksum), OSError (the manager is gone).
+    """
+    host, port = address.rsplit(":", 1)
+    with socket.create_connection((host, int(port)), _TIMEOUT_S) as connection:
+        nonce = new_nonce()
+        connection.sendall(nonce)
+        answer = _read(connection, NONCE_BYTES + PROOF_BYTES)
+        theirs, given = answer[:NONCE_BYTES], answer[NONCE_BYTES:]
+        if not proof_matches(given, token, "server", nonce, theirs, _CONTEXT):
+            raise HandshakeRefused(f"{address} does not know this run's token")
+        request = msgspec.msgpack.encode([Range(c.source.locator, c.offset, c.nbytes) for c, _ in copies])
+        connection.sendall(proof(token, "client", nonce, theirs, _CONTEXT) + _LENGTH.pack(len(request)) + request)
+        for copy, buffer in copies:
+            if _read(connection, 1) != b"\x01":
+                (length,) = _LENGTH.unpack(_read(connection, _LENGTH.size))
+                raise SegmentDamaged(_read(connection, min(length, 4096)).decode(errors="replace"))
+            _read_into(connection, buffer)
+            check(copy, buffer)
+
+
+def fetch_local(path: str, copies: Sequence[tuple[Copy, memoryview]]) -> None:
+    """The same out of this domain's own segment file."""
+    with SegmentMap(path, writable=False) as segment:
+        if read_seal(segment) is None:
+            raise SegmentDamaged(f"segment {path} is not sealed")
+        for copy, buffer in copies:
+            with payload(segment, copy.offset, copy.nbytes) as data:
+                buffer[:] = data
+            check(copy, buffer)
+
+
+def check(copy: Copy, buffer: memoryview) -> None:
+    for start, stop, checksum in copy.whole_fragments():
+        if xxhash.xxh3_64_intdigest(buffer[start:stop]) != checksum:
+            raise SegmentDamaged(f"{copy.name}/{copy.kind}[{copy.start}:{copy.stop}] from {copy.source.locator} has a wrong checksum")
+
+
+def _read_into(connection: socket.socket, view: memoryview) -> None:
+    done = 0
+    while done < len(view):
+        count = connection.recv_into(view[done:])
+        if count == 0:
+            raise ConnectionError("closed by the other side")
+        done += count
+
+
+def _read(connection: socket.socket, length: int) -> bytes:
+    data = bytearray(length)
+    _read_into(connection, memoryview(data))
+    return bytes(data)

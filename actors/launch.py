@@ -1,0 +1,154 @@
+"""Starts a run on one of the hosts, and hands back what steers it.
+
+    processes   the supervisor runs in this process; managers and ranks are its children through a zygote
+    ray         an embedded local Ray or a cluster; supervisor, managers and ranks are detached, named actors
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from pathlib import Path
+from typing import Any
+
+from everstep.actors.checkpoints import epoch_of
+from everstep.actors.host import OnExit
+from everstep.actors.process_host import ProcessHost
+from everstep.actors.run_folder import RunFolder
+from everstep.actors.supervisor import RunConfig, Supervisor
+from everstep.platform.cluster.desk import Resume
+from everstep.platform.job.check import check
+from everstep.platform.job.client import RunHandle
+from everstep.platform.job.errors import Problem, SpecError
+from everstep.platform.job.facts import TaskFacts
+from everstep.platform.job.registry import Registration, Registry
+from everstep.platform.job.result import RunResult
+from everstep.platform.job.spec import JobSpec
+from everstep.platform.job.status import Event, Status
+from everstep.storage.checkpoint import find_newest
+from everstep.storage.manifest import Manifest, run_folder
+
+log = logging.getLogger(__name__)
+
+# May change from one execution of a run to the next; everything else decides about the bits.
+_FREE_FIELDS = frozenset(
+    {"steps", "ranks", "layout", "faults", "resources", "runtime_env", "snapshot", "checkpoint", "limits", "timeouts", "log", "data", "eval"}
+)
+
+
+def resume_point(spec: JobSpec, spec_dir: Path) -> tuple[Resume, int]:
+    """Where the run goes on, and its epoch. Raises SpecError naming what was changed and may not be."""
+    folder = spec.checkpoint_dir(spec_dir)
+    if spec.checkpoint is None or folder is None:
+        return Resume(), 1
+    root = run_folder(str(folder), spec.name, spec.run_name)
+    epoch = epoch_of(root)
+    if spec.checkpoint.resume == "never":
+        return Resume(), epoch
+    newest = find_newest(root)
+    for rejected in newest.rejected:
+        log.warning("checkpoint %s is passed over: %s", rejected.folder.name, rejected.reason)
+    if newest.manifest is None:
+        return Resume(), epoch
+    _check_unchanged(spec, newest.manifest)
+    row = int(newest.manifest.progress.get("nonfinite_in_a_row", 0))
+    return Resume(str(newest.folder), newest.manifest.index, row), epoch
+
+
+def _check_unchanged(spec: JobSpec, manifest: Manifest) -> None:
+    before, after = manifest.spec, spec.to_dict()
+    problems = []
+    for field in sorted((set(before) | set(after)) - _FREE_FIELDS):
+        if before.get(field) != after.get(field):
+            problems.append(
+                Problem(
+                    field=field, value=after.get(field), allowed=f"{before.get(field)!r}, as in the checkpoint of step {manifest.step}",
+                    fix="change it back, start a new run (--set run=NAME), or start over (--set checkpoint.resume=never)",
+                )  # fmt: skip
+            )
+    if problems:
+        raise SpecError(problems)
+
+
+def launch(
+    spec: JobSpec, *, spec_dir: Path, host: str, address: str | None, facts: TaskFacts, registration: Registration
+) -> RunHandle:
+    """Starts the run; returns at once. Raises SpecError for what only the storage can tell."""
+    resume, epoch = resume_point(spec, spec_dir)
+    if host == "ray":
+        from everstep.actors.ray_launch import launch_ray  # Ray takes half a second to import
+
+        return launch_ray(spec, spec_dir, address, resume, epoch, registration)
+    return _LocalRun(spec, spec_dir, resume, epoch, registration)
+
+
+def run(spec: JobSpec, *, spec_dir: Path | str = ".", host: str = "ray", address: str | None = None) -> RunResult:
+    """Runs a job to its end and returns its result. Raises SpecError for a job that cannot run."""
+    folder = Path(spec_dir).absolute()
+    facts = check(spec, folder)
+    registration = Registry().register(spec.name, spec.run_name, host=host, steps=spec.steps)
+    result: RunResult | None = None
+    try:
+        handle = launch(spec, spec_dir=folder, host=host, address=address, facts=facts, registration=registration)
+        try:
+            while (result := handle.result()) is None:
+                handle.wait(1.0)
+        finally:
+            handle.close()
+    finally:
+        registration.finish(result, 0 if result is not None and result.ok else 1)
+        registration.close()
+    return result
+
+
+class _LocalRun:
+    """A run whose supervisor is in this process. Implements `RunHandle`."""
+
+    def __init__(self, spec: JobSpec, spec_dir: Path, resume: Resume, epoch: int, registration: Registration) -> None:
+        self._folder = RunFolder(f"{spec.name}-{secrets.token_hex(4)}")
+        self._folder.create()
+        self._folder.hold()
+        self._closed = False
+        try:
+            self._folder.ensure_reaper()
+            config = RunConfig(
+                spec, spec_dir, self._folder.runid, self._folder.path, registration.token, epoch, resume,
+                registration.metrics if "jsonl" in spec.log else None, "processes",
+            )  # fmt: skip
+
+            def make_host(on_exit: OnExit) -> ProcessHost:
+                return ProcessHost(on_exit, log_dir=registration.logs, run_folder=self._folder)
+
+            self._supervisor = Supervisor(config, make_host)
+            registration.update(supervisor=self._supervisor.address, state="running")
+            self._supervisor.start()
+        except BaseException:
+            self.close()
+            raise
+
+    def status(self) -> Status:
+        return self._supervisor.status()
+
+    def events(self, after: int) -> list[Event]:
+        return self._supervisor.events(after)
+
+    def scale(self, ranks: int) -> str:
+        return self._supervisor.scale(ranks)
+
+    def stop(self, reason: str) -> None:
+        self._supervisor.stop(reason)
+
+    def result(self) -> RunResult | None:
+        return self._supervisor.result()
+
+    def wait(self, timeout_s: float) -> bool:
+        return self._supervisor.wait(timeout_s)
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        supervisor: Any = getattr(self, "_supervisor", None)
+        if supervisor is not None:
+            supervisor.close()
+        self._folder.release()

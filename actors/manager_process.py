@@ -1,0 +1,264 @@
+"""The snapshot manager of one failure domain: it outlives the trainers and keeps their sealed memory.
+
+It relays between its trainers and the coordinator, judges their liveness, fences the dead, owns the segments
+and serves them, and writes checkpoint files from them. Never imports torch.
+
+Threads: one reader for the coordinator's stream, one for each trainer's, the judge's, one a checkpoint file;
+`_lock` guards the maps, and no message is sent while it is held by two of them in different order.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from pathlib import Path
+
+import msgspec
+
+from everstep.actors.config import ManagerConfig, Saved, SaveSegment, SlotsGiven, SlotsWanted, Wake
+from everstep.actors.fetch import FetchServer
+from everstep.actors.liveness import Judge
+from everstep.actors.run_folder import RunFolder
+from everstep.collectives import messages as m
+from everstep.collectives.control import ControlClient, ControlServer, Peer
+from everstep.platform.training.messages import Stock
+from everstep.storage.errors import StorageError
+from everstep.storage.index import Source, StateIndex
+from everstep.storage.rank_file import write_rank_file
+from everstep.storage.segment import SegmentMap, create_segment, read_index, read_seal
+
+log = logging.getLogger(__name__)
+
+
+class _Trainer(msgspec.Struct):
+    peer: Peer
+    pid: int
+
+
+class Manager:
+    """One manager. `run` blocks until the coordinator ends it or is lost."""
+
+    def __init__(self, config: ManagerConfig) -> None:
+        self._config = config
+        self._lock = threading.RLock()
+        self._trainers: dict[str, _Trainer] = {}
+        self._names: dict[int, str] = {}  # control peer -> trainer
+        self._dead: set[str] = set()
+        self._prepare: m.Prepare | None = None
+        self._wakes: dict[str, float] = {}
+        self._writing: set[str] = set()  # paths that a checkpoint is being written from
+        self._released = 0  # segments of views below this number are garbage
+        self._saving: set[threading.Thread] = set()
+        self._done = threading.Event()
+        self._folder = Path(config.run_folder) / config.domain
+        self._folder.mkdir(mode=0o700, exist_ok=True)
+        self._judge = Judge(self._on_dead)
+        self._fetch = FetchServer(config.host, config.token, self._resolve)
+        self._server = ControlServer(f"{config.host}:0", config.token, self._on_trainer, self._on_trainer_gone, max_peers=64)
+        self._up = ControlClient(config.coordinator, config.token, self._on_coordinator, self._on_coordinator_lost)
+        self._tell(m.Watching(config.domain, config.slot, self._fetch.address, os.getpid()))
+        note = msgspec.msgpack.encode({"control": self._server.address})
+        self._tell(m.WatcherNote("listening", note))
+
+    def run(self) -> None:
+        beat_s = max(self._config.frozen_s / 4, 0.05)
+        while not self._done.wait(beat_s):
+            self._tell(m.Beat(self._config.domain))
+        for thread in list(self._saving):
+            thread.join()
+        self._up.close()
+        self._server.stop()
+        self._judge.close()
+        self._fetch.close()
+
+    def _tell(self, message: m.WatcherMessage) -> None:
+        self._up.send(m.encode(message))
+
+    # ---- coordinator ------------------------------------------------------------------------------------
+
+    def _on_coordinator(self, data: bytes) -> None:
+        envelope = m.decode_envelope(data)
+        message = envelope.message
+        if isinstance(message, m.Prepare):
+            self._on_prepare(message)
+        elif envelope.names:
+            self._to_trainers(envelope.names, message)
+        elif isinstance(message, m.Order):
+            self._on_order(message)
+
+    def _on_coordinator_lost(self, reason: str) -> None:
+        log.warning("the coordinator is lost: %s", reason)
+        self._end_trainers()
+        self._done.set()
+
+    def _on_order(self, order: m.Order) -> None:
+        if order.kind == "release":
+            self._release(msgspec.msgpack.decode(order.payload, type=int))
+        elif order.kind == "wake":
+            wake = msgspec.msgpack.decode(order.payload, type=Wake)
+            self._wakes[wake.name] = wake.wake_s
+        elif order.kind == "end":
+            self._done.set()
+
+    def _to_trainers(self, names: tuple[str, ...], message: m.CoordinatorMessage) -> None:
+        data = m.encode(message)
+        with self._lock:
+            peers = [self._trainers[name].peer for name in names if name in self._trainers and name not in self._dead]
+        for peer in peers:
+            peer.send(data)
+
+    def _on_prepare(self, prepare: m.Prepare) -> None:
+        """Passes it on, fences the local dead, and answers with the stock once nothing here can change."""
+        with self._lock:
+            self._prepare = prepare
+            local = [name for name in prepare.asked if name in self._trainers and name not in self._dead]
+        self._to_trainers(tuple(local), prepare)
+        fenced = tuple(name for name in prepare.fence if self._fence(name))
+        if not local:
+            self._send_stock(prepare, fenced)
+
+    def _fence(self, name: str) -> bool:
+        """True when `name` is known to be gone; only its own domain's manager can say so."""
+        with self._lock:
+            if name not in self._trainers and name not in self._dead:
+                return False
+            self._dead.add(name)
+        return self._judge.fence(name, wake_s=self._wakes.pop(name, -1.0))
+
+    def _send_stock(self, prepare: m.Prepare, fenced: tuple[str, ...] | None = None) -> None:
+        if fenced is None:
+            fenced = tuple(name for name in prepare.fence if self._fence(name))
+        stock = msgspec.msgpack.encode(Stock(tuple(self._sealed())))
+        self._tell(m.Stock(prepare.id, self._config.domain, fenced, stock))
+
+    # ---- trainers ---------------------------------------------------------------------------------------
+
+    def _on_trainer(self, peer: Peer, data: bytes) -> None:
+        name = self._names.get(peer.ident)
+        message = m.decode_member(data)
+        if name is None:
+            if not isinstance(message, m.Note) or message.kind != "hello":
+                peer.close()
+                return
+            name = message.payload.decode()
+            with self._lock:
+                self._names[peer.ident] = name
+                self._trainers[name] = _Trainer(peer, 0)
+            return
+        if name in self._dead:
+            return  # a zombie changes nothing
+        if isinstance(message, m.Join):
+            self._trainers[name].pid = message.member.pid
+            self._tell(m.FromMember(name, data))  # before the judge may speak of it
+            if not self._judge.watch(name, message.member.pid):
+                self._on_dead(name, "exited", 0.0)
+        elif isinstance(message, m.Note) and message.kind == "slots":
+            self._give_slots(peer, msgspec.msgpack.decode(message.payload, type=SlotsWanted), name)
+        elif isinstance(message, m.Note) and message.kind == "save":
+            self._save(msgspec.msgpack.decode(message.payload, type=SaveSegment), peer)
+        else:
+            self._tell(m.FromMember(name, data))
+            if isinstance(message, m.Inventory):
+                with self._lock:
+                    prepare = self._prepare
+                if prepare is not None and prepare.id == message.id:
+                    self._send_stock(prepare)
+
+    def _on_trainer_gone(self, peer: Peer) -> None:
+        """The stream broke; the judge will see the process end, or the member is evicted as one that hung up."""
+        name = self._names.pop(peer.ident, None)
+        if name is not None and not self._done.is_set() and self._judge.alive(name):
+            self._on_dead(name, "hung up", 0.0)
+
+    def _on_dead(self, name: str, cause: str, detected_ms: float) -> None:
+        with self._lock:
+            if name in self._dead:
+                return
+            self._dead.add(name)
+            prepare = self._prepare
+        self._tell(m.Died(name, cause, detected_ms))
+        if prepare is not None and name in prepare.asked:
+            log.info("%s died while view %s was formed", name, prepare.id)
+
+    def _end_trainers(self) -> None:
+        with self._lock:
+            pids = [t.pid for name, t in self._trainers.items() if self._judge.alive(name)]
+        for pid in pids:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+
+    # ---- segments ---------------------------------------------------------------------------------------
+
+    def _give_slots(self, peer: Peer, wanted: SlotsWanted, name: str) -> None:
+        paths = []
+        try:
+            for slot in range(wanted.count):
+                path = self._folder / f"{name}.view-{wanted.label[0]}-{wanted.label[1]}.{slot}.seg"
+                create_segment(path, wanted.capacity_bytes)
+                paths.append(str(path))
+            given = SlotsGiven(wanted.label, tuple(paths))
+        except StorageError as error:
+            given = SlotsGiven(wanted.label, (), str(error))
+        peer.send(m.encode(m.Order("slots", msgspec.msgpack.encode(given))))
+
+    def _sealed(self) -> list[StateIndex]:
+        """Every sealed version of this domain, whoever wrote it."""
+        found = []
+        for path in sorted(self._folder.glob("*.seg")):
+            try:
+                with SegmentMap(path, writable=False) as segment:
+                    seal = read_seal(segment)
+                    if seal is not None:
+                        found.append(read_index(segment, seal, Source("segment", self._config.domain, path.name)))
+            except StorageError as error:
+                log.warning("%s is passed over: %s", path.name, error)
+        return found
+
+    def _resolve(self, locator: str) -> str | None:
+        path = self._folder / locator
+        known = "/" not in locator and locator.endswith(".seg") and path.is_file()
+        return str(path) if known else None
+
+    def _release(self, number: int) -> None:
+        """The view `number` is protected: segments of older layouts serve nobody any more."""
+        self._released = max(self._released, number)
+        for path in self._folder.glob("*.view-*.seg"):
+            view = int(path.name.rsplit(".view-", 1)[1].split(".")[0].split("-")[1])
+            if view < number and str(path) not in self._writing:
+                path.unlink(missing_ok=True)
+
+    # ---- checkpoints ------------------------------------------------------------------------------------
+
+    def _save(self, order: SaveSegment, peer: Peer) -> None:
+        self._writing.add(order.path)
+        thread = threading.Thread(target=self._write, args=(order, peer), name=f"save-{order.step}", daemon=True)
+        self._saving.add(thread)
+        thread.start()
+
+    def _write(self, order: SaveSegment, peer: Peer) -> None:
+        try:
+            with SegmentMap(order.path, writable=False) as segment:
+                seal = read_seal(segment)
+                if seal is None or seal.step != order.step:
+                    raise StorageError(f"{order.path} does not hold step {order.step}")
+                record = write_rank_file(segment, seal, order.folder, order.file)
+            saved = Saved(order.folder, order.step, order.file, msgspec.msgpack.encode(record))
+        except StorageError as error:
+            saved = Saved(order.folder, order.step, order.file, error=str(error))
+        self._writing.discard(order.path)
+        self._tell(m.WatcherNote("saved", msgspec.msgpack.encode(saved)))
+        peer.send(m.encode(m.Order("saved", msgspec.msgpack.encode(order.step))))
+        self._release(self._released)
+        self._saving.discard(threading.current_thread())
+
+
+def main(config: bytes) -> None:
+    """Entry point of a manager process."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    decoded = msgspec.msgpack.decode(config, type=ManagerConfig)
+    RunFolder.at(Path(decoded.run_folder)).register_pid()
+    Manager(decoded).run()

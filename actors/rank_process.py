@@ -1,0 +1,63 @@
+"""Entry point of a trainer: builds the task, runs a dry lane, joins, and trains until the run ends."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import sys
+import traceback
+from pathlib import Path
+
+import msgspec
+import torch
+
+from everstep.actors.config import RankConfig, TaskFailed
+from everstep.actors.rank_conductor import RankConductor
+from everstep.actors.run_folder import RunFolder
+from everstep.platform.job.spec import JobSpec
+from everstep.platform.training.conductor import RunOver
+from everstep.platform.training.engine import TaskRaised, build, probe, train
+
+log = logging.getLogger(__name__)
+
+
+def fingerprint(spec: JobSpec, gradient: str) -> dict[str, str]:
+    """What must be equal on all ranks for equal bits; `gradient` is the hash of a dry lane's gradient."""
+    return {
+        "torch": str(torch.__version__),
+        "machine": platform.machine(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "threads": str(torch.get_num_threads()),
+        "precision": spec.train.precision,
+        "gradient": gradient,
+    }
+
+
+def main(config: bytes) -> None:
+    """Runs one trainer; ends the process with 0 when the run is over for it, 1 when its task failed."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    decoded = msgspec.msgpack.decode(config, type=RankConfig)
+    RunFolder.at(Path(decoded.run_folder)).register_pid()
+    spec = JobSpec.parse(decoded.spec)
+    torch.set_num_threads(spec.resources.threads)
+    conductor = RankConductor(decoded, spec.timeouts.stall_s, os.getpid())
+    step, lane = 0, -1
+    try:
+        built = build(spec, Path(decoded.spec_dir), conductor)
+        conductor.join(fingerprint(spec, probe(built)))
+        train(built)
+    except RunOver as over:
+        log.info("%s leaves: %s", decoded.name, over)
+    except Exception as error:
+        if isinstance(error, TaskRaised):
+            step, lane = error.step, error.lane
+        trace = "".join(traceback.format_exception(error.__cause__ or error))
+        print(trace, file=sys.stderr, flush=True)
+        failed = TaskFailed(str(error) or type(error).__name__, trace, step, lane)
+        conductor.note("failed", msgspec.msgpack.encode(failed))
+        conductor.close()
+        sys.exit(1)
+    conductor.close()
+
+

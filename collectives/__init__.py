@@ -1,0 +1,1 @@
+"""Fault-tolerant groups: membership, coordinator, transports. Usable alone, without Ray."""

@@ -1,0 +1,540 @@
+"""Who is in the view: the coordinator's decisions, pure.
+
+`decide(state, event, now) -> (state, commands, reason)`. No clock, no socket, no randomness.
+
+    phase      event                     next phase
+    ---------  ------------------------  ----------------------------------------------------------------
+    Waiting    Joined, Tick              Gathering, when the target (or, after patience, the minimum) is ready
+    Gathering  Inventoried, Stocked      Leveling through Choose/Chosen, when all that was asked has answered
+    Gathering  Unchoosable               Gathering (a watcher may still come back), else Ended
+    Leveling   Levelled (all)            Active
+    Active     Voted (all)               Active next step; Gathering where the wanted members differ; Ended
+    any        Died of a member          Gathering of the survivors; Waiting below the minimum
+    any        Died of an outsider       unchanged
+    any        Complained                unchanged; Gathering of the same members if the view still stands after a
+                                         grace: both ends of the link live, so new connections are made
+    any        Retarget                  unchanged; takes effect at the next step boundary
+    any        Finish                    Ended
+
+[Note: two rounds] A Gathering first quiesces its members (their Inventory comes after their last write), then
+takes each watcher's Stock, which follows the fencing of the dead: so what the chooser sees cannot change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from everstep.collectives.errors import InvalidTransition
+from everstep.collectives.messages import Lost, Member, Prepare, View, ViewId
+
+# ---- phases ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Waiting:
+    since: float
+    enough_since: float | None = None
+
+
+@dataclass(frozen=True)
+class Gathering:
+    id: ViewId
+    members: tuple[Member, ...]  # of the view to come
+    asked: frozenset[str]  # members whose inventory is awaited, leaving ones included
+    watchers: frozenset[str]  # domains whose stock is awaited
+    since: float
+    inventories: Mapping[str, bytes] = field(default_factory=dict)
+    stocks: Mapping[str, bytes] = field(default_factory=dict)
+    unchoosable: str = ""
+    held_back: Chosen | None = None  # behind what was protected: taken if no missing watcher comes back
+
+
+@dataclass(frozen=True)
+class Leveling:
+    view: View
+    level: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Active:
+    view: View
+    step: int  # the step that is being voted on
+    votes: Mapping[str, bytes] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Ended:
+    reason: str
+    ok: bool
+
+
+Phase = Waiting | Gathering | Leveling | Active | Ended
+
+
+@dataclass(frozen=True)
+class State:
+    epoch: int
+    minimum: int
+    target: int
+    phase: Phase
+    number: int = 0
+    ready: Mapping[str, Member] = field(default_factory=dict)  # joined and living, in the view or not
+    watchers: frozenset[str] = frozenset()  # domains with a living watcher
+    missing: frozenset[str] = frozenset()  # domains whose watcher was lost and not replaced
+    unfenced: tuple[str, ...] = ()  # declared dead, not yet known to be gone
+    lost: tuple[Lost, ...] = ()  # since the last view became active
+    complained: tuple[ViewId, float, str] | None = None  # first complaint about a link of the current view
+    floor: int | None = None  # newest step known to be protected; None: an earlier epoch knew
+    patience_s: float = 30.0
+    recent: tuple[str, ...] = ()
+
+
+# ---- events ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Joined:
+    member: Member
+
+
+@dataclass(frozen=True)
+class MemberDied:
+    name: str
+    cause: str
+    detected_ms: float = 0.0
+
+
+@dataclass(frozen=True)
+class WatcherUp:
+    domain: str
+
+
+@dataclass(frozen=True)
+class WatcherLost:
+    domain: str
+
+
+@dataclass(frozen=True)
+class Inventoried:
+    name: str
+    id: ViewId
+    payload: bytes
+
+
+@dataclass(frozen=True)
+class Stocked:
+    domain: str
+    id: ViewId
+    fenced: tuple[str, ...]
+    payload: bytes
+
+
+@dataclass(frozen=True)
+class Chosen:
+    id: ViewId
+    base_step: int
+    payload: bytes
+
+
+@dataclass(frozen=True)
+class Unchoosable:
+    id: ViewId
+    reason: str
+
+
+@dataclass(frozen=True)
+class Levelled:
+    name: str
+    id: ViewId
+
+
+@dataclass(frozen=True)
+class Voted:
+    name: str
+    id: ViewId
+    step: int
+    payload: bytes
+
+
+@dataclass(frozen=True)
+class Judged:
+    id: ViewId
+    step: int
+    payload: bytes
+    finished: bool = False
+
+
+@dataclass(frozen=True)
+class Complained:
+    """A data connection broke under `name`; usually its peer's death is about to be reported."""
+
+    name: str
+    id: ViewId
+    about: str
+    error: str
+
+
+@dataclass(frozen=True)
+class Retarget:
+    ranks: int
+
+
+@dataclass(frozen=True)
+class Finish:
+    reason: str
+    ok: bool = False
+
+
+@dataclass(frozen=True)
+class Tick:
+    pass
+
+
+Event = (
+    Joined | MemberDied | WatcherUp | WatcherLost | Inventoried | Stocked | Chosen | Unchoosable | Levelled
+    | Voted | Judged | Complained | Retarget | Finish | Tick
+)  # fmt: skip
+
+# ---- commands -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SendPrepare:
+    """To every watcher; they pass it on to the local members in `asked`."""
+
+    prepare: Prepare
+
+
+@dataclass(frozen=True)
+class Choose:
+    id: ViewId
+    members: tuple[Member, ...]
+    inventories: Mapping[str, bytes]
+    stocks: Mapping[str, bytes]
+
+
+@dataclass(frozen=True)
+class SendView:
+    view: View
+
+
+@dataclass(frozen=True)
+class SendGo:
+    view: View
+    lost: tuple[Lost, ...]
+
+
+@dataclass(frozen=True)
+class Judge:
+    view: View
+    step: int
+    votes: Mapping[str, bytes]
+
+
+@dataclass(frozen=True)
+class SendVerdict:
+    view: View
+    step: int
+    payload: bytes
+    reform: bool
+
+
+@dataclass(frozen=True)
+class Refuse:
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Fail:
+    reason: str
+
+
+Command = SendPrepare | Choose | SendView | SendGo | Judge | SendVerdict | Refuse | Fail
+Decision = tuple[State, tuple[Command, ...], str]
+
+_KEPT_EVENTS = 16
+COMPLAINT_GRACE_S = 1.0  # a death is reported within milliseconds of the broken connections it causes
+
+
+def initial(
+    epoch: int,
+    minimum: int,
+    target: int,
+    now: float,
+    patience_s: float = 30.0,
+    missing: frozenset[str] = frozenset(),
+) -> State:
+    """`missing`: domains that may hold state of earlier epochs and have not reported to this one yet."""
+    return State(epoch, minimum, target, Waiting(now), missing=missing, patience_s=patience_s)
+
+
+def decide(state: State, event: Event, now: float) -> Decision:
+    """The next state, what to do, and why. Raises InvalidTransition for what the table forbids."""
+    recent = (*state.recent[-_KEPT_EVENTS:], f"{now:.3f} {type(state.phase).__name__} <- {type(event).__name__}")
+    state = replace(state, recent=recent)
+    if isinstance(state.phase, Ended):
+        return state, (), "the run has ended"
+    match event:
+        case Joined(member):
+            return _joined(state, member, now)
+        case MemberDied():
+            return _died(state, event, now)
+        case WatcherUp(domain):
+            return _watcher_up(state, domain)
+        case WatcherLost(domain):
+            return _watcher_lost(state, domain)
+        case Inventoried():
+            return _inventoried(state, event)
+        case Stocked():
+            return _stocked(state, event)
+        case Chosen():
+            return _chosen(state, event, now)
+        case Unchoosable():
+            return _unchoosable(state, event)
+        case Levelled():
+            return _levelled(state, event)
+        case Voted():
+            return _voted(state, event)
+        case Judged():
+            return _judged(state, event, now)
+        case Complained(name, id, about, error):
+            return _complained(state, name, id, f"{name} lost its connection to {about}: {error}", now)
+        case Retarget(ranks):
+            return _start_if_enough(replace(state, target=ranks), now, f"target is {ranks} ranks")
+        case Finish(reason, ok):
+            return replace(state, phase=Ended(reason, ok)), (), reason
+        case Tick():
+            return _tick(state, now)
+    raise InvalidTransition(f"unknown event {event!r}", state.recent)
+
+
+def current_members(state: State) -> tuple[Member, ...]:
+    """Of the view that acts or is being formed; empty while waiting."""
+    match state.phase:
+        case Gathering(members=members):
+            return members
+        case Leveling(view=view) | Active(view=view):
+            return view.members
+    return ()
+
+
+def wanted_members(state: State) -> tuple[Member, ...]:
+    """The view to have at the next boundary: present members first, then the ready ones, by slot."""
+    present = {member.name for member in current_members(state)}
+    order = sorted(state.ready.values(), key=lambda m: (m.name not in present, m.slot, m.name))
+    return tuple(sorted(order[: state.target], key=lambda m: (m.slot, m.name)))
+
+
+def _active_id(state: State) -> ViewId | None:
+    match state.phase:
+        case Gathering(id=id):
+            return id
+        case Leveling(view=view) | Active(view=view):
+            return view.id
+    return None
+
+
+# ---- joining and leaving --------------------------------------------------------------------------------
+
+
+def _joined(state: State, member: Member, now: float) -> Decision:
+    if member.name in state.unfenced or any(lost.name == member.name for lost in state.lost):
+        return state, (Refuse(member.name, "it was declared dead"),), f"{member.name} was declared dead"
+    state = replace(state, ready={**state.ready, member.name: member})
+    return _start_if_enough(state, now, f"{member.name} is ready")
+
+
+def _start_if_enough(state: State, now: float, reason: str) -> Decision:
+    if not isinstance(state.phase, Waiting):
+        return state, (), reason
+    have = len(state.ready)
+    if have < state.minimum:
+        return replace(state, phase=replace(state.phase, enough_since=None)), (), f"{reason}; {have} of {state.minimum} ranks"
+    since = state.phase.enough_since if state.phase.enough_since is not None else now
+    first = state.number == 0
+    if first and have < state.target and now - since < state.patience_s:
+        return replace(state, phase=replace(state.phase, enough_since=since)), (), f"{reason}; waiting for {state.target} ranks"
+    return _gather(state, wanted_members(state), now, reason)
+
+
+def _tick(state: State, now: float) -> Decision:
+    if isinstance(state.phase, Waiting) and len(state.ready) >= state.minimum:
+        return _start_if_enough(state, now, "patience")
+    if isinstance(state.phase, Gathering) and state.phase.unchoosable and now - state.phase.since > state.patience_s:
+        return replace(state, phase=Ended(state.phase.unchoosable, ok=False)), (Fail(state.phase.unchoosable),), "state is lost"
+    if isinstance(state.phase, Gathering) and state.phase.held_back and now - state.phase.since > state.patience_s:
+        return _chosen(state, state.phase.held_back, now)
+    if state.complained is not None:
+        id, since, why = state.complained
+        if id == _active_id(state) and now - since > COMPLAINT_GRACE_S:
+            return _gather(replace(state, complained=None), current_members(state), now, f"{why}; both ends live")
+    return state, (), "tick"
+
+
+def _complained(state: State, name: str, id: ViewId, why: str, now: float) -> Decision:
+    if id != _active_id(state) or not isinstance(state.phase, Leveling | Active) or name not in state.ready:
+        return state, (), f"stale complaint: {why}"
+    if state.complained is None or state.complained[0] != id:
+        state = replace(state, complained=(id, now, why))
+    return state, (), why
+
+
+def _died(state: State, event: MemberDied, now: float) -> Decision:
+    member = state.ready.get(event.name)
+    if member is None:
+        return state, (), f"{event.name} is not known"
+    members = current_members(state)
+    rank = next((i for i, m in enumerate(members) if m.name == event.name), -1)
+    ready = {name: m for name, m in state.ready.items() if name != event.name}
+    state = replace(state, ready=ready, unfenced=(*state.unfenced, event.name))
+    asked = isinstance(state.phase, Gathering) and event.name in state.phase.asked
+    if rank < 0 and not asked:
+        return state, (), f"{event.name} died outside the view: {event.cause}"
+    state = replace(state, lost=(*state.lost, Lost(event.name, event.cause, rank, event.detected_ms)))
+    survivors = tuple(m for m in members if m.name != event.name)
+    reason = f"{event.name} (rank {rank}) died: {event.cause}"
+    if len(survivors) >= state.minimum:
+        return _gather(state, survivors, now, reason)
+    if len(ready) >= state.minimum:
+        return _gather(state, wanted_members(replace(state, target=max(state.target, state.minimum))), now, reason)
+    # Below the minimum: survivors stop and hold what they have until someone joins.
+    number = state.number + 1
+    stop = Prepare(ViewId(state.epoch, number), (), state.unfenced, state.lost)
+    state = replace(state, number=number, phase=Waiting(now, None))
+    return state, (SendPrepare(stop),), f"{reason}; {len(ready)} of {state.minimum} ranks left"
+
+
+def _gather(state: State, members: tuple[Member, ...], now: float, reason: str) -> Decision:
+    number = state.number + 1
+    id = ViewId(state.epoch, number)
+    leaving = {m.name for m in current_members(state)} & set(state.ready)
+    asked = frozenset(leaving | {m.name for m in members})
+    phase = Gathering(id, members, asked, state.watchers, now)
+    prepare = Prepare(id, tuple(sorted(asked)), state.unfenced, state.lost)
+    state = replace(state, number=number, phase=phase)
+    return state, (SendPrepare(prepare),), f"{reason}; forming view {id} of {len(members)}"
+
+
+def _watcher_up(state: State, domain: str) -> Decision:
+    state = replace(state, watchers=state.watchers | {domain}, missing=state.missing - {domain})
+    phase = state.phase
+    if not isinstance(phase, Gathering):
+        return state, (), f"watcher of {domain} is up"
+    phase = replace(phase, watchers=phase.watchers | {domain}, unchoosable="", held_back=None)
+    prepare = Prepare(phase.id, tuple(sorted(phase.asked)), state.unfenced, state.lost)
+    return replace(state, phase=phase), (SendPrepare(prepare),), f"watcher of {domain} is back while gathering"
+
+
+def _watcher_lost(state: State, domain: str) -> Decision:
+    state = replace(state, watchers=state.watchers - {domain}, missing=state.missing | {domain})
+    phase = state.phase
+    if isinstance(phase, Gathering) and domain in phase.watchers:
+        stocks = {d: payload for d, payload in phase.stocks.items() if d != domain}
+        state = replace(state, phase=replace(phase, watchers=phase.watchers - {domain}, stocks=stocks))
+        return _choose_if_complete(state, f"watcher of {domain} lost")
+    return state, (), f"watcher of {domain} lost"
+
+
+# ---- forming a view -------------------------------------------------------------------------------------
+
+
+def _inventoried(state: State, event: Inventoried) -> Decision:
+    phase = state.phase
+    if not isinstance(phase, Gathering) or event.id != phase.id or event.name not in phase.asked:
+        return state, (), f"stale inventory of {event.name} for {event.id}"
+    phase = replace(phase, inventories={**phase.inventories, event.name: event.payload})
+    return _choose_if_complete(replace(state, phase=phase), f"inventory of {event.name}")
+
+
+def _stocked(state: State, event: Stocked) -> Decision:
+    unfenced = tuple(name for name in state.unfenced if name not in event.fenced)
+    state = replace(state, unfenced=unfenced)
+    phase = state.phase
+    if not isinstance(phase, Gathering) or event.id != phase.id or event.domain not in phase.watchers:
+        return state, (), f"stale stock of {event.domain} for {event.id}"
+    phase = replace(phase, stocks={**phase.stocks, event.domain: event.payload})
+    return _choose_if_complete(replace(state, phase=phase), f"stock of {event.domain}")
+
+
+def _choose_if_complete(state: State, reason: str) -> Decision:
+    phase = state.phase
+    assert isinstance(phase, Gathering)
+    if set(phase.inventories) >= phase.asked and set(phase.stocks) >= phase.watchers:
+        return state, (Choose(phase.id, phase.members, phase.inventories, phase.stocks),), f"{reason}; all have answered"
+    return state, (), reason
+
+
+def _chosen(state: State, event: Chosen, now: float) -> Decision:
+    phase = state.phase
+    if not isinstance(phase, Gathering) or event.id != phase.id:
+        return state, (), f"stale choice for {event.id}"
+    if state.missing and (state.floor is None or event.base_step < state.floor):
+        if now - phase.since <= state.patience_s:
+            known = "" if state.floor is None else f", {state.floor} was protected"
+            absent = ", ".join(sorted(state.missing))
+            waiting = f"step {event.base_step} is what there is{known}; waiting for the watchers of {absent}"
+            return replace(state, phase=replace(phase, held_back=event)), (), waiting
+        state = replace(state, missing=frozenset())  # given up: the next choice does not wait for them again
+    # The base itself may rest on stamped memory only; it was voted on, so the step before it was protected.
+    floor = event.base_step - 1 if state.floor is None else min(state.floor, event.base_step)
+    state = replace(state, floor=floor)
+    view = View(event.id, phase.members, event.base_step, event.payload)
+    return replace(state, phase=Leveling(view)), (SendView(view),), f"view {event.id} starts from step {event.base_step}"
+
+
+def _unchoosable(state: State, event: Unchoosable) -> Decision:
+    phase = state.phase
+    if not isinstance(phase, Gathering) or event.id != phase.id:
+        return state, (), f"stale choice for {event.id}"
+    if state.missing:
+        waiting = f"{event.reason}; waiting for the watchers of {', '.join(sorted(state.missing))}"
+        return replace(state, phase=replace(phase, unchoosable=event.reason)), (), waiting
+    return replace(state, phase=Ended(event.reason, ok=False)), (Fail(event.reason),), event.reason
+
+
+def _levelled(state: State, event: Levelled) -> Decision:
+    phase = state.phase
+    if not isinstance(phase, Leveling) or event.id != phase.view.id:
+        return state, (), f"stale level of {event.name} for {event.id}"
+    level = phase.level | {event.name}
+    view = phase.view
+    if level < {m.name for m in view.members}:
+        return replace(state, phase=replace(phase, level=level)), (), f"{event.name} is level"
+    lost, state = state.lost, replace(state, lost=(), phase=Active(view, view.base_step + 1))
+    return state, (SendGo(view, lost),), f"view {view.id} acts, next step {view.base_step + 1}"
+
+
+# ---- the step transaction -------------------------------------------------------------------------------
+
+
+def _voted(state: State, event: Voted) -> Decision:
+    phase = state.phase
+    if not isinstance(phase, Active) or event.id != phase.view.id:
+        return state, (), f"stale vote of {event.name} for {event.id}"
+    if event.step != phase.step:
+        raise InvalidTransition(f"{event.name} voted on step {event.step}, the view is at {phase.step}", state.recent)
+    votes = {**phase.votes, event.name: event.payload}
+    state = replace(state, phase=replace(phase, votes=votes))
+    if len(votes) == len(phase.view.members):
+        return state, (Judge(phase.view, phase.step, votes),), f"all have voted on step {event.step}"
+    return state, (), f"{event.name} voted on step {event.step}"
+
+
+def _judged(state: State, event: Judged, now: float) -> Decision:
+    phase = state.phase
+    if not isinstance(phase, Active) or event.id != phase.view.id or event.step != phase.step:
+        return state, (), f"stale verdict for {event.id} step {event.step}"
+    # Members vote on a step once their snapshot of the one before is sealed.
+    state = replace(state, floor=event.step - 1)
+    if event.finished:
+        send = SendVerdict(phase.view, event.step, event.payload, reform=False)
+        return replace(state, phase=Ended("finished", ok=True)), (send,), "finished"
+    wanted = wanted_members(state)
+    reform = len(wanted) >= state.minimum and {m.name for m in wanted} != {m.name for m in phase.view.members}
+    send = SendVerdict(phase.view, event.step, event.payload, reform)
+    if reform:
+        next_state, commands, reason = _gather(state, wanted, now, f"step {event.step} is decided, membership changes")
+        return next_state, (send, *commands), reason
+    return replace(state, phase=Active(phase.view, event.step + 1)), (send,), f"step {event.step} is decided"

@@ -1,0 +1,217 @@
+"""What members, watchers and the coordinator say to each other (msgpack, one tagged union a direction).
+
+[Note: views fence everything]
+A view's id is (epoch, number). Every message after Join carries the id that its sender acts under, and a
+receiver drops what carries an older one. A zombie that wakes up therefore talks to nobody.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+MAX_MESSAGE_BYTES = 64 << 20
+
+
+class ViewId(msgspec.Struct, frozen=True, order=True, array_like=True):
+    epoch: int
+    number: int
+
+    def __str__(self) -> str:
+        return f"{self.epoch}.{self.number}"
+
+
+class Member(msgspec.Struct, frozen=True):
+    """One incarnation of a member. `name` is unique for the run's life: a successor has another one."""
+
+    name: str
+    slot: int
+    domain: str
+    address: str  # host:port of its data listener
+    fetch: str = ""  # host:port where its domain's watcher serves segments
+    pid: int = 0
+
+
+class View(msgspec.Struct, frozen=True):
+    """A membership: ranks are positions in `members`."""
+
+    id: ViewId
+    members: tuple[Member, ...]
+    base_step: int
+    payload: bytes = b""
+
+    def rank_of(self, name: str) -> int:
+        return [member.name for member in self.members].index(name)
+
+
+class Lost(msgspec.Struct, frozen=True):
+    name: str
+    cause: str
+    rank: int = -1  # in the view it was lost from
+    detected_ms: float = 0.0  # from the last sign of life, as far as the judge can tell
+
+
+# ---- from members, relayed by their watcher -------------------------------------------------------------
+
+
+class Join(msgspec.Struct, frozen=True, tag="join"):
+    member: Member
+    fingerprint: dict[str, str] = {}
+
+
+class Inventory(msgspec.Struct, frozen=True, tag="inventory"):
+    id: ViewId
+    payload: bytes
+
+
+class Level(msgspec.Struct, frozen=True, tag="level"):
+    id: ViewId
+
+
+class Vote(msgspec.Struct, frozen=True, tag="vote"):
+    id: ViewId
+    step: int
+    payload: bytes
+
+
+class Complaint(msgspec.Struct, frozen=True, tag="complaint"):
+    """A data connection to `about` broke while the sender lives."""
+
+    id: ViewId
+    about: str
+    error: str
+
+
+class Leave(msgspec.Struct, frozen=True, tag="leave"):
+    reason: str
+    payload: bytes = b""
+
+
+class Note(msgspec.Struct, frozen=True, tag="note"):
+    """Anything that the platform above wants to tell its supervisor."""
+
+    kind: str
+    payload: bytes = b""
+
+
+MemberMessage = Join | Inventory | Level | Vote | Complaint | Leave | Note
+
+
+# ---- from watchers --------------------------------------------------------------------------------------
+
+
+class Watching(msgspec.Struct, frozen=True, tag="watching"):
+    domain: str
+    slot: int
+    fetch: str
+    pid: int
+
+
+class FromMember(msgspec.Struct, frozen=True, tag="from"):
+    name: str
+    message: bytes
+
+
+class Died(msgspec.Struct, frozen=True, tag="died"):
+    name: str
+    cause: str
+    detected_ms: float = 0.0
+
+
+class Stock(msgspec.Struct, frozen=True, tag="stock"):
+    """A watcher's answer to Prepare: these are fenced (dead and gone), and this is what I hold."""
+
+    id: ViewId
+    domain: str
+    fenced: tuple[str, ...]
+    payload: bytes
+
+
+class Beat(msgspec.Struct, frozen=True, tag="beat"):
+    domain: str
+    progress: dict[str, tuple[int, str]] = {}  # member -> (step, phase)
+
+
+class WatcherNote(msgspec.Struct, frozen=True, tag="wnote"):
+    kind: str
+    payload: bytes = b""
+
+
+WatcherMessage = Watching | FromMember | Died | Stock | Beat | WatcherNote
+
+
+# ---- from the coordinator -------------------------------------------------------------------------------
+
+
+class Prepare(msgspec.Struct, frozen=True, tag="prepare"):
+    """The view before `id` is over. `asked` members send an Inventory; watchers fence and send a Stock."""
+
+    id: ViewId
+    asked: tuple[str, ...]
+    fence: tuple[str, ...] = ()
+    lost: tuple[Lost, ...] = ()
+
+
+class NewView(msgspec.Struct, frozen=True, tag="view"):
+    view: View
+
+
+class Go(msgspec.Struct, frozen=True, tag="go"):
+    id: ViewId
+
+
+class Verdict(msgspec.Struct, frozen=True, tag="verdict"):
+    id: ViewId
+    step: int
+    payload: bytes
+    reform: bool = False  # a Prepare for the next view follows
+
+
+class Excluded(msgspec.Struct, frozen=True, tag="excluded"):
+    """You are in no view any more (declared dead, or refused)."""
+
+    reason: str
+
+
+class Order(msgspec.Struct, frozen=True, tag="order"):
+    """Anything that the supervisor above wants to tell a member or watcher."""
+
+    kind: str
+    payload: bytes = b""
+
+
+CoordinatorMessage = Prepare | NewView | Go | Verdict | Excluded | Order
+
+
+class ToMembers(msgspec.Struct, frozen=True):
+    """Envelope from coordinator to a watcher: for its members `names`; empty: for the watcher itself."""
+
+    names: tuple[str, ...]
+    message: CoordinatorMessage
+
+
+_encoder = msgspec.msgpack.Encoder()
+_member = msgspec.msgpack.Decoder(MemberMessage)
+_watcher = msgspec.msgpack.Decoder(WatcherMessage)
+_coordinator = msgspec.msgpack.Decoder(CoordinatorMessage)
+_envelope = msgspec.msgpack.Decoder(ToMembers)
+
+
+def encode(message: msgspec.Struct) -> bytes:
+    return _encoder.encode(message)
+
+
+def decode_member(data: bytes) -> MemberMessage:
+    """Raises msgspec.ValidationError for anything but a MemberMessage."""
+    return _member.decode(data)
+
+
+def decode_watcher(data: bytes) -> WatcherMessage:
+    return _watcher.decode(data)
+
+
+def decode_coordinator(data: bytes) -> CoordinatorMessage:
+    return _coordinator.decode(data)
+
+
+def decode_envelope(data: bytes) -> ToMembers:
+    return _envelope.decode(data)

@@ -1,0 +1,1 @@
+"""Transports: how frames get from one member of a view to another."""

@@ -1,0 +1,1 @@
+"""Read model, HTTP API and web page."""

@@ -1,0 +1,124 @@
+"""What a supervisor decides about training: base steps, verdicts, checkpoints due, the end of the run.
+
+Pure but for what its caller hands in (a folder for a due checkpoint). No torch, no Ray, no clock.
+Belongs to the supervisor's loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import msgspec
+
+from everstep.collectives.messages import Member
+from everstep.platform.job.spec import Fault, JobSpec
+from everstep.platform.training.messages import Inventory, LiveFault, Stock, Verdict, ViewPlan, Vote
+from everstep.platform.training.recovery import Choice, choose
+from everstep.platform.training.verdict import Progress, Rules, judge_step
+from everstep.storage.index import StateIndex
+from everstep.storage.state_hash import combine
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Where the run starts: a checkpoint's folder and index, or nothing."""
+
+    folder: str = ""
+    index: StateIndex | None = None
+    nonfinite_in_a_row: int = 0
+
+    @property
+    def step(self) -> int:
+        return self.index.step if self.index is not None else 0
+
+
+@dataclass(frozen=True)
+class Judgement:
+    verdict: Verdict
+    votes: Mapping[str, Vote]
+    finished: bool = False
+
+
+@dataclass
+class Desk:
+    """`new_folder(step)` makes the folder of a checkpoint that is due; "" where none is to be written."""
+
+    spec: JobSpec
+    resume: Resume
+    new_folder: Callable[[int], str]
+    progress: Progress = field(default_factory=Progress)
+    fired: set[int] = field(default_factory=set)
+    stop_reason: str = ""
+    last_step: int | None = None  # the step after which sealing and hashing follow
+    state_sha256: str = ""
+    failure: str = ""
+
+    def __post_init__(self) -> None:
+        self.progress = Progress(self.resume.nonfinite_in_a_row)
+        clip = self.spec.train.clip_norm
+        self._rules = Rules(self.spec.lanes, clip, self.spec.limits.nonfinite)
+        self._progress_at = {self.resume.step: self.progress}
+        if self.resume.step >= self.spec.steps:
+            self.last_step = self.resume.step
+
+    def choose(self, members: tuple[Member, ...], inventories: Mapping[str, bytes], stocks: Mapping[str, bytes]) -> Choice:
+        """Raises recovery.Lost."""
+        decoded = {name: msgspec.msgpack.decode(data, type=Inventory) for name, data in inventories.items()}
+        held = {domain: msgspec.msgpack.decode(data, type=Stock) for domain, data in stocks.items()}
+        choice = choose([m.name for m in members], decoded, held, self.resume.index, initial_step=self.resume.step)
+        self.progress = self._progress_at.get(choice.base_step, self.progress)
+        return choice
+
+    def plan(self, choice: Choice, fetch: dict[str, str]) -> ViewPlan:
+        faults = tuple(f for f in live_faults(self.spec.faults) if f.index not in self.fired)
+        final = self.last_step is not None and choice.base_step >= self.last_step
+        folder = self.resume.folder if choice.from_checkpoint else ""
+        return ViewPlan(choice.owned, choice.have, folder, faults, self.progress.nonfinite_in_a_row, final, fetch)
+
+    def judge(self, step: int, votes: Mapping[str, bytes]) -> Judgement:
+        """The one verdict over all votes on `step`."""
+        decoded = {name: msgspec.msgpack.decode(data, type=Vote) for name, data in votes.items()}
+        kinds = {vote.kind for vote in decoded.values()}
+        assert len(kinds) == 1, f"votes of different kinds on step {step}: {sorted(kinds)}"
+        kind = kinds.pop()
+        protected = min(vote.sealed_step for vote in decoded.values())
+        if kind == "seal":
+            return Judgement(Verdict("sealed", protected_step=protected), decoded)
+        if kind == "hash":
+            lines = [line for name in sorted(decoded) for line in decoded[name].hash_lines]
+            self.state_sha256 = combine(lines, step - 2)
+            return Judgement(Verdict("finished", protected_step=protected), decoded, finished=True)
+        verdict, self.progress = judge_step(step, decoded, self._rules, self.progress)
+        self._progress_at[step] = self.progress
+        if verdict.outcome == "failed":
+            self.failure = verdict.error
+            return Judgement(verdict, decoded)
+        last = step >= self.spec.steps or bool(self.stop_reason)
+        if last:
+            self.last_step = step
+        every = self.spec.checkpoint.every if self.spec.checkpoint is not None else 0
+        due = every > 0 and (last or step % every == 0)
+        snapshot = last or due or step % snapshot_every(self.spec) == 0
+        folder = self.new_folder(step) if due else ""
+        return Judgement(msgspec.structs.replace(verdict, last=last, snapshot=snapshot, checkpoint=folder), decoded)
+
+
+def snapshot_every(spec: JobSpec) -> int:
+    """Steps between snapshots; `auto` is every step until its cost is measured against a share."""
+    return 1 if spec.snapshot.every == "auto" else int(spec.snapshot.every)
+
+
+def live_faults(faults: tuple[Fault, ...]) -> list[LiveFault]:
+    """The job's faults that a rank strikes on itself, with their place in the list."""
+    found = []
+    for index, fault in enumerate(faults):
+        if fault.do != "scale" and fault.rank is not None:
+            wake = -1.0 if fault.wake_s is None else fault.wake_s
+            found.append(
+                LiveFault(
+                    index, fault.at_step, fault.rank, fault.do, fault.phase or "gradient", fault.seconds or 0.0, wake,
+                    fault.factor or 1.0, fault.steps or 1,
+                )  # fmt: skip
+            )
+    return found

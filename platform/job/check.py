@@ -1,0 +1,187 @@
+"""Refuses, before any actor starts, what cannot run: task, data, optimizer, checkpoint folder, shared memory.
+
+`check()` never imports torch: the task is looked at by `python -m everstep.platform.job.check`, a process of
+its own (see `inspect_task.py`), so that a task which hangs, prints or crashes on import harms nobody.
+
+Owns: the file that it writes into the checkpoint folder for a moment, and its subprocess.
+Thread-safety: may be called from any thread.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+import everstep
+from everstep.platform.job.errors import MISSING, Problem, SpecError
+from everstep.platform.job.facts import TaskFacts
+from everstep.platform.job.spec import JobSpec
+
+# Importing torch takes 2 s, reading a corpus of some GB minutes; whatever takes longer is taken to hang.
+CHECK_TIMEOUT_S = 300.0
+_STDERR_LINES = 12
+
+# [Note: shared memory] Sharded state (zero 1, 2) exists about once over all ranks. Each snapshot manager
+# keeps two slots (the protected version and the one being written), and while ranks change, the old layout's
+# and the new one's: 4 x. Live memory beside them and unevenness between ranks: 6 x in all. With zero 0 every
+# rank holds all of it, but old and new layout are the same bytes: 4 x for each of ranks.max.
+SHARDED_FACTOR = 6
+REPLICATED_FACTOR = 4
+
+
+def check(
+    spec: JobSpec,
+    spec_dir: Path,
+    *,
+    source: str = "job",
+    timeout_s: float = CHECK_TIMEOUT_S,
+    shm: Path = Path("/dev/shm"),
+) -> TaskFacts:
+    """Returns what is known of the task; raises SpecError with everything that is wrong.
+
+    spec_dir: folder of the job file; `task` and `checkpoint.to` are relative to it. shm: where segments go.
+    """
+    problems: list[Problem] = []
+    facts: TaskFacts | None = None
+    answer = _ask(spec, spec_dir, timeout_s)
+    if "facts" in answer:
+        facts = msgspec.convert(answer["facts"], TaskFacts)
+        problems += shared_memory(spec, facts.state_bytes, shm)
+    else:
+        problems += [Problem(**p) for p in answer["problems"]]
+    problems += checkpoint_folder(spec, spec_dir)
+    if problems or facts is None:
+        raise SpecError(problems, source)
+    return facts
+
+
+def shared_memory_needed(spec: JobSpec, state_bytes: int) -> int:
+    """Returns the bytes of shared memory that a run needs; see [Note: shared memory]."""
+    if spec.layout.zero == 0:
+        return REPLICATED_FACTOR * state_bytes * spec.ranks.max
+    return SHARDED_FACTOR * state_bytes
+
+
+def shared_memory(spec: JobSpec, state_bytes: int, shm: Path = Path("/dev/shm")) -> list[Problem]:
+    """Returns a problem when the segments would not fit into shared memory."""
+    needed = shared_memory_needed(spec, state_bytes)
+    try:
+        free = shutil.disk_usage(shm).free
+    except OSError as error:
+        return [
+            Problem("", MISSING, f"a folder {shm}", f"mount a tmpfs at {shm}", f"no {shm}: {error.strerror}")
+        ]
+    if free >= needed:
+        return []
+    copies = (
+        f"{REPLICATED_FACTOR} x {spec.ranks.max} ranks x" if spec.layout.zero == 0 else f"{SHARDED_FACTOR} x"
+    )
+    smaller = "a smaller model, layout.zero: 1 or 2" if spec.layout.zero == 0 else "a smaller model"
+    return [
+        Problem(
+            str(shm),
+            f"{gib(free)} free",
+            f"{gib(needed)} ({copies} {gib(state_bytes)} of training state)",
+            f"mount it larger (docker: --shm-size={-(-needed // 2**30)}g; a host: mount -o"
+            f" remount,size={-(-needed // 2**30)}g {shm}), or use {smaller}",
+            "too small for this job's snapshots",
+        )
+    ]
+
+
+def checkpoint_folder(spec: JobSpec, spec_dir: Path) -> list[Problem]:
+    """Returns a problem when the checkpoint folder cannot be made and written. Makes it."""
+    folder = spec.checkpoint_dir(spec_dir)
+    if folder is None or spec.checkpoint is None:
+        return []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".everstep-"):
+            pass
+    except OSError as error:
+        return [
+            Problem(
+                "checkpoint.to",
+                spec.checkpoint.to,
+                "a folder that can be made and written",
+                "correct its rights or choose another: `--set checkpoint.to=FOLDER`",
+                f"{folder}: {error.strerror}",
+            )
+        ]
+    return []
+
+
+def gib(count: int) -> str:
+    """Returns a number of bytes for people."""
+    size = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+def _ask(spec: JobSpec, spec_dir: Path, timeout_s: float) -> dict[str, Any]:
+    """Runs the subprocess; its own failure becomes a problem of `task`."""
+    request = json.dumps({"spec": spec.to_dict(), "spec_dir": str(spec_dir.resolve())})
+    # -P keeps the current folder off sys.path: a file there must not hide one of the standard library's.
+    command = [sys.executable, "-P", "-m", "everstep.platform.job.check"]
+    try:
+        done = subprocess.run(
+            command,
+            input=request,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=timeout_s,
+            env=_environment(spec),
+            check=False,
+        )
+    except subprocess.TimeoutExpired as late:
+        said = late.stderr.decode(errors="replace") if isinstance(late.stderr, bytes) else (late.stderr or "")
+        why = f"its check did not end within {timeout_s:g} s\n{_tail(said)}"
+        return _failed(spec, "importing and building it must end", "see where it hangs", why)
+    if done.returncode == 0:
+        try:
+            answer: dict[str, Any] = json.loads(done.stdout)
+            return answer
+        except json.JSONDecodeError:
+            pass
+    code = done.returncode
+    how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    why = f"the process that looked at it ended with {how}\n{_tail(done.stderr)}"
+    return _failed(spec, "a task that can be imported and built", "correct the task", why)
+
+
+def _failed(spec: JobSpec, allowed: str, fix: str, why: str) -> dict[str, Any]:
+    return {"problems": [Problem("task", spec.task, allowed, fix, why).to_dict()]}
+
+
+def _tail(text: str) -> str:
+    return "\n".join(text.strip().splitlines()[-_STDERR_LINES:])
+
+
+def _environment(spec: JobSpec) -> dict[str, str]:
+    """The caller's environment with the job's own variables, and this very everstep importable."""
+    env = dict(os.environ)
+    variables = spec.runtime_env.get("env_vars")
+    if isinstance(variables, dict):
+        env.update({str(k): str(v) for k, v in variables.items()})
+    home = str(Path(everstep.__file__).parent.parent)
+    env["PYTHONPATH"] = os.pathsep.join(p for p in (home, env.get("PYTHONPATH", "")) if p)
+    return env
+
+
+if __name__ == "__main__":
+    from everstep.platform.job.inspect_task import main
+
+    main()

@@ -1,0 +1,87 @@
+"""Trains a task: the loop of a Session, with the task's own model, data, loss and optimizers.
+
+The engine holds nothing that a user's own loop could not hold; see session.py. Belongs to the training thread.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from everstep.platform.job.spec import JobSpec
+from everstep.platform.training.conductor import Conductor
+from everstep.platform.training.session import Session, Settings
+from everstep.platform.training.task import Loss, Task, TaskContext, keyed_seed
+from everstep.platform.training.task_loader import load_task
+
+
+class TaskRaised(Exception):
+    """The task's own code raised; `__cause__` is what it raised. `lane` is -1 outside of a lane."""
+
+    def __init__(self, what: str, step: int, lane: int) -> None:
+        super().__init__(what)
+        self.step = step
+        self.lane = lane
+
+
+@dataclass(frozen=True)
+class Built:
+    task: Task
+    session: Session
+
+
+def settings_of(spec: JobSpec) -> Settings:
+    return Settings(
+        steps=spec.steps,
+        lanes=spec.lanes,
+        lane_batch=spec.lane_batch,
+        seed=spec.seed,
+        zero=spec.layout.zero,
+        clip_norm=spec.train.clip_norm,
+        nonfinite_limit=spec.limits.nonfinite,
+        stall_s=spec.timeouts.stall_s,
+    )
+
+
+def build(spec: JobSpec, spec_dir: Path, conductor: Conductor | None) -> Built:
+    """Task, model, optimizers and session, all from the seed. Raises TaskRaised for errors of the task."""
+    try:
+        task = load_task(spec.task, spec_dir, spec.args, TaskContext.of(spec))
+        torch.manual_seed(keyed_seed(spec.seed, "model"))
+        model = task.model()
+        optimizers = task.optimizer(model.parameters())
+        _ = task.data
+    except Exception as error:
+        raise TaskRaised(f"building the task failed: {type(error).__name__}: {error}", 0, -1) from error
+    return Built(task, Session(model, optimizers, settings=settings_of(spec), task=task, conductor=conductor))
+
+
+def probe(built: Built) -> str:
+    """One dry lane, discarded: warms the process up; the hash of its gradient tells ranks that would differ."""
+    session, task = built.session, built.task
+    try:
+        session.open_probe()
+        value = task.loss(session.model, session.batch(0), session.context(0))
+        digest = session.close_probe(Loss.of(value, session.settings.lane_batch))
+    except Exception as error:
+        raise TaskRaised(f"the dry lane failed: {type(error).__name__}: {error}", 1, 0) from error
+    return hashlib.sha256(digest).hexdigest()
+
+
+def train(built: Built) -> None:
+    """Runs to the end of the run. Raises TaskRaised for errors of the task's loss or data."""
+    task, session = built.task, built.session
+    with session:
+        for step in session.steps():
+            for lane in session.lanes():
+                try:
+                    loss = task.loss(session.model, session.batch(lane), session.context(lane))
+                    loss = Loss.of(loss, session.settings.lane_batch)
+                except Exception as error:
+                    what = f"the task raised in step {step + 1}, lane {lane}: {type(error).__name__}: {error}"
+                    raise TaskRaised(what, step + 1, lane) from error
+                session.backward(lane, loss)
+            session.commit()

@@ -1,0 +1,91 @@
+"""Brings a rank's state to a view's base step: own stamped memory first, then segments, then files.
+
+Everything goes through `plan()`. Belongs to the training thread.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+
+import torch
+
+from everstep.platform.training.conductor import Conductor, Seat
+from everstep.platform.training.layout import Run, merge_runs
+from everstep.platform.training.shard import Place, RankState
+from everstep.storage.index import Source, StateIndex, merge
+from everstep.storage.planner import Copy, Want, plan
+
+_COST = {"live": 0, "segment": 2, "file": 3}
+
+
+def restore(state: RankState, runs: Sequence[Run], seat: Seat, conductor: Conductor) -> None:
+    """Afterwards `state` holds `runs` at `seat.base_step`, stamped. Raises ViewOver, or StorageError."""
+    have = seat.plan.have
+    if have is None:
+        state.hold(runs)
+        state.reset()
+        return
+    if state.stamp == seat.base_step and state.held == merge_runs(runs):
+        return
+    kept: list[Place] = []
+    usable = StateIndex(have.step, have.tensors, tuple(f for f in have.fragments if f.source.kind != "live"))
+    live = state.live_index(conductor.name)
+    if live is not None and live.step == have.step:
+        kept = list(state.places())
+        usable = merge(usable, live)
+    state.hold(runs)
+
+    def cost(source: Source, _want: Want) -> int:
+        return 1 if source.kind == "segment" and conductor.own_domain(source.holder) else _COST[source.kind]
+
+    copies = plan(usable, state.wants(have, conductor.name), cost)
+    buffers = [bytearray(copy.nbytes) for copy in copies]
+    remote = []
+    for copy, buffer in zip(copies, buffers, strict=True):
+        if copy.source.kind == "live":
+            _copy_live(kept, copy, memoryview(buffer))
+        else:
+            remote.append((copy, memoryview(buffer)))
+    if remote:
+        conductor.fetch(seat, remote)
+    found = _Filled(copies, buffers)
+    state.install(have, found.fill)
+
+
+class _Filled:
+    """Copies that have arrived, found by tensor and range."""
+
+    def __init__(self, copies: Sequence[Copy], buffers: Sequence[bytearray]) -> None:
+        self._by_tensor: dict[tuple[str, str], list[tuple[int, int, bytearray]]] = {}
+        for copy, buffer in zip(copies, buffers, strict=True):
+            self._by_tensor.setdefault((copy.name, copy.kind), []).append((copy.start, copy.stop, buffer))
+        for ranges in self._by_tensor.values():
+            ranges.sort(key=lambda item: item[:2])
+
+    def fill(self, want: Want, target: torch.Tensor) -> None:
+        """Writes elements [want.start, want.stop) into the flat `target`."""
+        ranges = self._by_tensor.get((want.name, want.kind), [])
+        done = want.start
+        first = max(bisect_right([start for start, _, _ in ranges], want.start) - 1, 0)
+        for start, stop, buffer in ranges[first:]:
+            a, b = max(start, done), min(stop, want.stop)
+            if a != done or b <= a:
+                continue
+            size = target.element_size()
+            source = torch.frombuffer(buffer, dtype=torch.uint8)[(a - start) * size : (b - start) * size]
+            target.view(torch.uint8)[(a - want.start) * size : (b - want.start) * size].copy_(source)
+            done = b
+        assert done == want.stop, f"{want.name}/{want.kind}: {done} of {want.start}:{want.stop} arrived"
+
+
+def _copy_live(kept: Sequence[Place], copy: Copy, buffer: memoryview) -> None:
+    done = copy.start
+    for place in kept:
+        if place.meta.key == (copy.name, copy.kind) and place.start <= done < place.stop:
+            stop = min(place.stop, copy.stop)
+            size = place.tensor.element_size()
+            source = place.tensor[done - place.start : stop - place.start].contiguous().view(torch.uint8).numpy()
+            buffer[(done - copy.start) * size : (stop - copy.start) * size] = memoryview(source)
+            done = stop
+    assert done == copy.stop, f"{copy.name}/{copy.kind}: own memory holds up to {done} of {copy.stop}"

@@ -1,0 +1,72 @@
+"""A conductor for one rank that is alone: the same verdicts, no group, no snapshots.
+
+This is what `es.Session` uses outside of a job, and what every other way of holding the lanes is compared with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from everstep.platform.training.conductor import RunOver, Seat
+from everstep.platform.training.layout import merge_runs
+from everstep.platform.training.messages import Inventory, Verdict, ViewPlan, Vote
+from everstep.platform.training.verdict import Progress, Rules, judge_step
+from everstep.storage.planner import Copy
+
+if TYPE_CHECKING:
+    from everstep.platform.training.session import Settings
+    from everstep.platform.training.shard import RankState
+
+
+class Solo:
+    """Implements `Conductor`."""
+
+    name = "solo"
+
+    def __init__(self, settings: Settings) -> None:
+        self._rules = Rules(settings.lanes, settings.clip_norm, settings.nonfinite_limit)
+        self._progress = Progress()
+        self.verdicts: list[Verdict] = []
+
+    def take_seat(self, inventory: Callable[[], Inventory]) -> Seat:
+        offer = inventory()
+        plan = ViewPlan((merge_runs(offer.units),), None)
+        return Seat("0.1", 0, 0, plan, None, (self.name,))
+
+    def fetch(self, seat: Seat, copies: list[tuple[Copy, memoryview]]) -> None:
+        raise AssertionError("a rank that is alone has nobody to fetch from")
+
+    def own_domain(self, domain: str) -> bool:
+        return False
+
+    def level(self, seat: Seat) -> None:
+        pass
+
+    def over(self) -> bool:
+        return False
+
+    def vote(self, seat: Seat, step: int, vote: Vote) -> Verdict:
+        if vote.kind != "step":
+            return Verdict("sealed" if vote.kind == "seal" else "finished")
+        verdict, self._progress = judge_step(step, {self.name: vote}, self._rules, self._progress)
+        self.verdicts.append(verdict)
+        if verdict.outcome == "failed":
+            raise RunOver(verdict.error)
+        return verdict
+
+    def snapshot(self, state: RankState, before_seal: Callable[[], None]) -> float:
+        before_seal()
+        return 0.0
+
+    def sealed_step(self) -> int:
+        return -1
+
+    def fault_point(self, phase: str, step: int) -> None:
+        pass
+
+    def stand_up(self, error: str) -> None:
+        pass
+
+    def slow_factor(self, step: int) -> float:
+        return 1.0

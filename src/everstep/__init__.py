@@ -1,0 +1,61 @@
+"""everstep: trains sharded PyTorch models on Ray; no failure stops a run, and no failure changes its result.
+
+Purpose: the public API. Owns nothing: every name is imported when it is first used (PEP 562), because torch
+costs 1.7 s and 217 MB, which the CLI and the supervisor must not pay. Thread-safety: safe, as imports are.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from everstep.actors.launch import run as run
+    from everstep.platform.job.result import RunResult as RunResult
+    from everstep.platform.job.spec import JobSpec as JobSpec
+    from everstep.platform.training.session import Session as Session
+    from everstep.platform.training.task import CommitEvent as CommitEvent
+    from everstep.platform.training.task import Dataset as Dataset
+    from everstep.platform.training.task import LaneContext as LaneContext
+    from everstep.platform.training.task import Loss as Loss
+    from everstep.platform.training.task import Task as Task
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "CommitEvent": "everstep.platform.training.task",
+    "Dataset": "everstep.platform.training.task",
+    "JobSpec": "everstep.platform.job.spec",
+    "LaneContext": "everstep.platform.training.task",
+    "Loss": "everstep.platform.training.task",
+    "RunResult": "everstep.platform.job.result",
+    "Session": "everstep.platform.training.session",
+    "Task": "everstep.platform.training.task",
+    "run": "everstep.actors.launch",
+}
+
+__all__ = [  # noqa: RUF022  # the order of the README: what a task needs, then what runs it
+    "Task",
+    "Loss",
+    "Dataset",
+    "LaneContext",
+    "CommitEvent",
+    "Session",
+    "JobSpec",
+    "RunResult",
+    "run",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module 'everstep' has no attribute {name!r}")
+    value = getattr(importlib.import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

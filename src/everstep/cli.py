@@ -1,0 +1,355 @@
+"""The `everstep` command: run jobs, and look at, steer and end those that run.
+
+Thin: reads arguments, asks the registry and a run's client, prints. `run` is in `running.py`, the wording in
+`display.py`. Never imports torch or ray at import time. Owns nothing; one thread.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator
+from datetime import datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import msgspec
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from everstep import display as displays
+from everstep import doctor as doctors
+from everstep.platform.job.client import RunClient
+from everstep.platform.job.errors import UnknownJob
+from everstep.platform.job.registry import Registry, RunEntry
+from everstep.platform.job.result import Finding
+from everstep.platform.job.status import Status
+from everstep.running import EXIT_FAILED, EXIT_REFUSED, RunRequest, run_job
+
+app = typer.Typer(
+    help="Trains sharded PyTorch models on Ray; no failure stops a run, and no failure changes its result.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+_FOLLOW_S = 0.3
+
+JobName = Annotated[
+    str, typer.Argument(metavar="JOB", help="JOB, or JOB/RUN when a job has several.", show_default=False)
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+
+
+class HostKind(StrEnum):
+    """What rank processes are started with."""
+
+    ray = "ray"
+    processes = "processes"
+
+
+@app.command()
+def run(
+    spec: Annotated[Path, typer.Argument(metavar="SPEC", help="The job file (YAML).", show_default=False)],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="a.b=VALUE", help="Change a field; VALUE is YAML. May be repeated."),
+    ] = None,
+    host: Annotated[
+        HostKind, typer.Option(help="Start ranks as Ray actors or as local processes.")
+    ] = HostKind.ray,
+    address: Annotated[
+        str | None,
+        typer.Option(metavar="ADDR", help="Ray cluster; else $RAY_ADDRESS, else an embedded local Ray."),
+    ] = None,
+    result: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the RunResult there, as JSON.")
+    ] = None,
+    json_: AsJson = False,
+) -> None:
+    """Run a job to its end.
+
+    Exits 0 only if all steps were done; 1 if the run failed, 2 if the job was refused before it started, 130
+    if it was stopped. Ctrl-C stops after the step in flight, with a checkpoint; a second one ends at once.
+
+    \b
+    everstep run examples/gpt.yaml
+    everstep run job.yaml --set steps=50 --set faults=[] --set checkpoint=null
+    everstep run job.yaml --set ranks.max=2 --host processes --result result.json
+    """
+    if host is HostKind.processes and address:
+        _fail("--address is for --host ray; local processes have no address: leave it out", EXIT_REFUSED)
+    if host is HostKind.ray:
+        address = address or os.environ.get("RAY_ADDRESS") or None
+    request = RunRequest(spec, tuple(set_ or ()), host.value, address, result, json_)
+    raise typer.Exit(run_job(request))
+
+
+@app.command()
+def jobs(json_: AsJson = False) -> None:
+    """List the runs of this user on this machine, newest first.
+
+    \b
+    everstep jobs
+    everstep jobs --json
+    """
+    entries = Registry().runs()
+    if json_:
+        rows = [
+            {**msgspec.to_builtins(e.record), "state": e.state, "live": e.live, "path": str(e.path)}
+            for e in entries
+        ]
+        print(json.dumps(rows))
+        return
+    if not entries:
+        print("no runs yet; start one: everstep run SPEC")
+        return
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    for column in ("job", "state", "host", "started", "pid", "spec"):
+        table.add_column(column)
+    for e in entries:
+        started = f"{datetime.fromtimestamp(e.record.started):%Y-%m-%d %H:%M:%S}"
+        table.add_row(e.name, e.state, e.record.host, started, str(e.record.pid), e.record.spec)
+    _print(table)
+
+
+@app.command()
+def status(job: JobName, json_: AsJson = False) -> None:
+    """Show where a run is: step, loss, speed, ranks, last event; or how it ended.
+
+    \b
+    everstep status gpt
+    everstep status gpt --json | jq .step
+    """
+    entry = _find(job)
+    now = _connect(entry).status() if entry.live else _ended(entry)
+    if json_:
+        print(json.dumps({**msgspec.to_builtins(now), "live": entry.live, "state": entry.state}))
+        return
+    print(f"{entry.name}: {entry.state}")
+    print(displays.status_line(now))
+    for member in now.members:
+        rank = "spare" if member.get("rank") is None else f"rank {member['rank']}"
+        print(f"  {member.get('name', '?')}: {rank}, {member.get('state', '')}, pid {member.get('pid', '')}")
+    if now.checkpoint:
+        print(f"checkpoint: {now.checkpoint}")
+    if now.error:
+        print(f"error: {now.error}")
+
+
+@app.command()
+def logs(
+    job: JobName,
+    rank: Annotated[
+        int | None,
+        typer.Option(
+            metavar="R", help="Only the processes rank-R.*, of every incarnation.", show_default=False
+        ),
+    ] = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run ends.")] = False,
+    json_: AsJson = False,
+) -> None:
+    """Print what a run's processes wrote, live or ended.
+
+    \b
+    everstep logs gpt
+    everstep logs gpt --rank 1 --follow
+    """
+    entry = _find(job)
+    seen: dict[Path, int] = {}
+    while True:
+        live = is_live(entry)  # asked first, so that the last lines are read after the end
+        for process, line in _new_lines(entry.logs, rank, seen, final=not (follow and live)):
+            print(
+                json.dumps({"process": process, "line": line}) if json_ else f"{process} | {line}", flush=True
+            )
+        if not (follow and live):
+            break
+        time.sleep(_FOLLOW_S)
+    if not seen:
+        which = "no logs" if rank is None else f"no logs of rank {rank}"
+        print(f"everstep: {which} in {entry.logs}", file=sys.stderr)
+
+
+@app.command()
+def findings(job: JobName, json_: AsJson = False) -> None:
+    """Show what the detector found: what, which rank or link, since when, and the evidence.
+
+    \b
+    everstep findings gpt
+    """
+    entry = _find(job)
+    if entry.live:
+        client = _connect(entry)
+        done = client.result()
+        found = list(done.findings) if done is not None else []
+        if done is None:
+            for event in client.events(0):
+                if event.kind == "finding":
+                    found.append(
+                        msgspec.convert({"syndrome": event.text, "ranks": [], **event.data}, Finding)
+                    )
+    else:
+        ended = entry.result()
+        found = list(ended.findings) if ended is not None else []
+    if json_:
+        print(json.dumps([msgspec.to_builtins(f) for f in found]))
+        return
+    if not found:
+        print(f"{entry.name}: no findings")
+    for f in found:
+        ranks = ", ".join(str(r) for r in f.ranks) or "-"
+        links = ", ".join(f"{a}-{b}" for a, b in f.links)
+        print(
+            f"{f.syndrome}: rank {ranks}{f', link {links}' if links else ''}, since step {f.first_step},"
+            f" detected after {f.detected_after_ms:.0f} ms; evidence: {json.dumps(f.evidence)}"
+        )
+
+
+@app.command()
+def scale(
+    job: JobName,
+    ranks: Annotated[int, typer.Option(metavar="N", min=1, help="Number of ranks.", show_default=False)],
+    json_: AsJson = False,
+) -> None:
+    """Change the number of ranks of a live run, within ranks.min and ranks.max. The result keeps its bits.
+
+    \b
+    everstep scale gpt --ranks 2
+    """
+    entry = _find(job, live=True)
+    refused = _connect(entry).scale(ranks)
+    if refused:
+        _fail(f"{entry.name}: {refused}")
+    print(
+        json.dumps({"job": entry.name, "ranks": ranks})
+        if json_
+        else f"{entry.name}: scaling to {ranks} ranks"
+    )
+
+
+@app.command()
+def stop(job: JobName, json_: AsJson = False) -> None:
+    """Stop a live run after the step in flight, with a checkpoint. The same `everstep run` resumes it.
+
+    \b
+    everstep stop gpt
+    """
+    entry = _find(job, live=True)
+    _connect(entry).stop("everstep stop")
+    print(
+        json.dumps({"job": entry.name, "stopping": True})
+        if json_
+        else f"{entry.name}: stopping after this step"
+    )
+
+
+@app.command()
+def doctor(json_: AsJson = False) -> None:
+    """Check this machine: versions, cores, shared memory, loopback, rights; say what to fix.
+
+    Exits 1 when something must be fixed before a run can work.
+
+    \b
+    everstep doctor
+    """
+    looks = doctors.examine()
+    if json_:
+        print(json.dumps([msgspec.to_builtins(look) for look in looks]))
+    else:
+        for look in looks:
+            print(
+                f"{look.verdict:4}  {look.name:16} {look.found}"
+                + (f"\n      fix: {look.fix}" if look.fix else "")
+            )
+    raise typer.Exit(EXIT_FAILED if any(look.verdict == "fail" for look in looks) else 0)
+
+
+def main() -> None:
+    """Entry point of the `everstep` script."""
+    try:
+        app()
+    except BrokenPipeError:  # `everstep logs … | head` is no error; nothing more can be printed
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_FAILED)
+
+
+def is_live(entry: RunEntry) -> bool:
+    """Whether the run lives now (an entry is a look at one moment)."""
+    return any(e.path == entry.path for e in Registry().live_runs())
+
+
+def _find(job: str, *, live: bool = False) -> RunEntry:
+    try:
+        return Registry().find(job, live=live)
+    except UnknownJob as error:
+        _fail(str(error))
+
+
+def _connect(entry: RunEntry) -> RunClient:
+    from everstep.actors.client import connect
+
+    if not entry.record.supervisor:
+        _fail(f"{entry.name} is still starting and has no address yet; try again in some seconds")
+    try:
+        client: RunClient = connect(entry.record.supervisor, entry.token())
+    except (OSError, UnicodeDecodeError) as error:
+        _fail(f"{entry.name} cannot be reached at {entry.record.supervisor}: {error}")
+    return client
+
+
+def _ended(entry: RunEntry) -> Status:
+    """What is left to say of a run that is no longer live."""
+    done, record = entry.result(), entry.record
+    error = "its process died without ending the run" if entry.state == "died" else None
+    if done is not None and done.error is not None:
+        error = done.error.message
+    return Status(
+        job=record.job,
+        run=record.run,
+        phase="ended",
+        step=done.steps if done else 0,
+        steps=record.steps,
+        loss=done.loss.last if done else None,
+        ranks=done.ranks_final if done else 0,
+        recoveries=len(done.recoveries) if done else 0,
+        checkpoint=done.checkpoints[-1] if done and done.checkpoints else None,
+        started_at=record.started,
+        error=error,
+        host=record.host,
+    )
+
+
+def _new_lines(
+    folder: Path, rank: int | None, seen: dict[Path, int], *, final: bool
+) -> Iterator[tuple[str, str]]:
+    """Yields (process, line) of what was written since the offsets in `seen`; a half line only if final."""
+    wanted = re.compile(r".*" if rank is None else rf"rank-{rank}(\..*)?$")
+    for file in sorted(folder.glob("*.log")):
+        if not wanted.match(file.stem):
+            continue
+        with file.open("rb") as handle:
+            handle.seek(seen.setdefault(file, 0))
+            text = handle.read()
+        end = len(text) if final else text.rfind(b"\n") + 1
+        seen[file] += end
+        for line in text[:end].decode(errors="replace").splitlines():
+            yield file.stem, line
+
+
+def _print(table: Table) -> None:
+    if sys.stdout.isatty():
+        Console(highlight=False).print(table)
+    else:
+        Console(width=displays.PIPE_WIDTH, no_color=True, highlight=False).print(table)
+
+
+def _fail(text: str, code: int = EXIT_FAILED) -> NoReturn:
+    print(f"everstep: {text}", file=sys.stderr)
+    raise typer.Exit(code)

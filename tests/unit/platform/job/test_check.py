@@ -1,0 +1,297 @@
+"""What is refused before any actor starts, with the field to blame."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from everstep.platform.job import check as checks
+from everstep.platform.job.check import check, checkpoint_folder, shared_memory, shared_memory_needed
+from everstep.platform.job.errors import SpecError
+from everstep.platform.job.inspect_task import inspect_task
+from everstep.platform.job.spec import JobSpec
+
+TASKS = '''
+import torch
+from torch import nn
+import everstep as es
+
+class Numbers:
+    def __init__(self, count): self.count = count
+    def __len__(self): return self.count
+    def __getitem__(self, i): return torch.tensor([float(i)])
+
+class Tiny(es.Task):
+    def model(self): return nn.Sequential(nn.Linear(1, 10), nn.BatchNorm1d(10), nn.Linear(10, 1))
+    def dataset(self): return Numbers(self.args.get("count", 100))
+    def loss(self, model, batch, ctx): return model(batch).mean()
+
+class Tied(Tiny):
+    def model(self):
+        one, two = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+        two.weight = one.weight
+        return nn.Sequential(one, two)
+
+class NoParameters(Tiny):
+    def model(self): return nn.ReLU()
+
+class Half(Tiny):
+    def model(self): return nn.Linear(2, 2).half()
+
+class Lazy(Tiny):
+    def model(self): return nn.LazyLinear(2)
+
+class NoModule(Tiny):
+    def model(self): return lambda x: x
+
+class Values(Tiny):
+    """Looks at its values while it is built, which the meta device cannot show."""
+    def model(self):
+        layer = nn.Linear(2, 2)
+        if layer.weight.sum().item() > 1e9: raise RuntimeError
+        return layer
+
+class Corpus(Tiny):
+    defaults = {"data": "text"}
+    def dataset(self): raise FileNotFoundError(f"{self.args.data} does not exist")
+
+class Blames(Tiny):
+    defaults = {"data": "text", "width": 8}
+    def model(self): raise ValueError("args.width: 8 is odd somehow")
+
+class Raises(Tiny):
+    def model(self): raise KeyError("secret spot")
+
+class BadSample(Tiny):
+    def sample(self, step, lane): return [10**6]
+    def collate(self, samples): raise RuntimeError("cannot stack")
+
+class Lbfgs(Tiny):
+    def optimizer(self, params): return torch.optim.LBFGS(params)
+
+class Partly(Tiny):
+    def optimizer(self, params): return torch.optim.SGD(list(params)[1:], lr=0.1)
+
+class Twice(Tiny):
+    def optimizer(self, params):
+        params = list(params)
+        return [torch.optim.SGD(params, lr=0.1), torch.optim.Adam(params[:1])]
+
+class Foreign(Tiny):
+    def optimizer(self, params):
+        return torch.optim.SGD([*params, nn.Parameter(torch.zeros(1))], lr=0.1)
+
+class NoOptimizer(Tiny):
+    def optimizer(self, params): return "AdamW"
+
+class Two(Tiny):
+    def optimizer(self, params):
+        params = list(params)
+        return [torch.optim.SGD(params[:2], lr=0.1), torch.optim.Adafactor(params[2:])]
+
+class NoSchedule(Tiny):
+    def schedule(self, step): return float("nan")
+
+class NotATask: pass
+'''
+
+SMALL = 10 + 10 + 10 + 10 + 10 + 1  # weights, biases and norms of Tiny
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("job")
+    (path / "tasks.py").write_text(TASKS)
+    (path / "broken.py").write_text("import no_such_module_here\n")
+    return path
+
+
+def spec(name="Tiny", **changes):
+    return JobSpec.parse({"name": "tiny", "task": f"tasks.py:{name}", "steps": 10, **changes})
+
+
+def refusal(folder, name, **changes):
+    with pytest.raises(SpecError) as caught:
+        inspect_task(spec(name, **changes), folder)
+    return caught.value
+
+
+def test_facts_of_a_task(folder):
+    facts = inspect_task(spec(), folder)
+    assert facts.parameters == SMALL
+    assert facts.tensors == 6
+    assert facts.samples == 100
+    assert facts.optimizer == "AdamW"
+    buffers = 10 * 4 + 10 * 4 + 8
+    assert facts.state_bytes == SMALL * 12 + 6 * 4 + buffers
+    assert facts.notes == ()
+
+
+def test_tied_parameters_count_once(folder):
+    assert inspect_task(spec("Tied"), folder).parameters == 16
+
+
+def test_several_optimizers_and_notes(folder):
+    facts = inspect_task(spec("Two"), folder)
+    assert facts.optimizer == "SGD + Adafactor"
+    assert "Adafactor is cut by whole tensors" in facts.notes[0]
+
+
+def test_a_model_that_meta_cannot_build_is_built_with_a_note(folder):
+    facts = inspect_task(spec("Values"), folder)
+    assert facts.parameters == 6
+    assert "meta device" in facts.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "words"),
+    [
+        ("Missing", "task", "has no 'Missing'"),
+        ("NotATask", "task", "not a subclass"),
+        ("NoParameters", "task", "no trainable parameter"),
+        ("Half", "task", "float16"),
+        ("Lazy", "task", "lazy: weight, bias"),
+        ("NoModule", "task", "model() returned function"),
+        ("Corpus", "args.data", "text does not exist"),
+        ("Blames", "args.width", "8 is odd somehow"),
+        ("Raises", "task", "secret spot"),
+        ("BadSample", "task", "cannot stack"),
+        ("Lbfgs", "task", "optimizer LBFGS cannot be cut"),
+        ("Partly", "task", "in no optimizer: 0.weight"),
+        ("Twice", "task", "in two optimizers or groups: 0.weight"),
+        ("Foreign", "task", "1 of the optimizer's parameters are not the model's"),
+        ("NoOptimizer", "task", "optimizer() returned str"),
+        ("NoSchedule", "task", "schedule(0) is nan"),
+    ],
+)
+def test_a_task_that_cannot_run_is_refused(folder, name, field, words):
+    error = refusal(folder, name)
+    assert [p.field for p in error.problems] == [field]
+    assert words in str(error)
+
+
+def test_an_exception_in_the_task_shows_its_line(folder):
+    assert 'raise KeyError("secret spot")' in str(refusal(folder, "Raises"))
+
+
+def test_the_value_of_a_blamed_default_is_shown(folder):
+    assert "args.width = 8" in str(refusal(folder, "Blames"))
+
+
+@pytest.mark.parametrize(
+    ("task", "words"),
+    [
+        ("nowhere.py:Tiny", "there is no file"),
+        ("broken.py:Tiny", "no_such_module_here"),
+        ("no.such.module:Tiny", "no module"),
+    ],
+)
+def test_a_task_that_cannot_be_imported_is_refused(folder, task, words):
+    with pytest.raises(SpecError) as caught:
+        inspect_task(spec(task=task), folder)
+    assert [(p.field, p.value) for p in caught.value.problems] == [("task", task)]
+    assert words in str(caught.value)
+
+
+def test_an_empty_data_set_is_refused(folder):
+    error = refusal(folder, "Tiny", args={"count": 0})
+    assert "the data set is empty" in str(error)
+
+
+def test_data_and_model_are_refused_together(folder):
+    (folder / "both.py").write_text(TASKS + "\nclass Both(Corpus):\n    def model(self): return 3\n")
+    error = refusal(folder, "Both", task="both.py:Both")
+    assert [p.field for p in error.problems] == ["args.data", "task"]
+
+
+def test_the_check_runs_apart_and_never_imports_torch_here(folder, tmp_path):
+    facts = check(spec(checkpoint={"to": str(tmp_path / "a" / "b")}), folder)
+    assert facts.parameters == SMALL
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+
+
+def test_a_task_that_prints_or_exits_is_reported(folder):
+    (folder / "prints.py").write_text('print("{}")\n' + TASKS)
+    assert check(spec(task="prints.py:Tiny"), folder).tensors == 6
+    (folder / "dies.py").write_text('import os, sys\nprint("last words", file=sys.stderr)\nos._exit(3)\n')
+    with pytest.raises(SpecError) as caught:
+        check(spec(task="dies.py:Tiny"), folder, source="job.yaml")
+    assert "job.yaml cannot run" in str(caught.value)
+    assert "exit code 3" in str(caught.value)
+    assert "last words" in str(caught.value)
+
+
+def test_a_task_that_hangs_is_refused_in_time(folder):
+    (folder / "hangs.py").write_text("import time\ntime.sleep(600)\n")
+    with pytest.raises(SpecError, match="did not end within 4 s"):
+        check(spec(task="hangs.py:Tiny"), folder, timeout_s=4)
+
+
+def test_the_jobs_environment_reaches_the_task(folder):
+    (folder / "env.py").write_text("import os\nassert os.environ['SIZE'] == '7'\n" + TASKS)
+    env = {"env_vars": {"SIZE": "7"}}
+    assert check(spec(task="env.py:Tiny", runtime_env=env), folder).tensors == 6
+
+
+def test_too_little_shared_memory_is_refused_with_the_numbers(tmp_path, monkeypatch):
+    usage = type("Usage", (), {"free": 64 << 20})
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: usage)
+    job = spec()
+    assert shared_memory(job, 10 << 20) == []
+    (problem,) = shared_memory(job, 11 << 20)
+    text = problem.render()
+    assert "64.0 MiB free" in text
+    assert "66.0 MiB (6 x 11.0 MiB of training state)" in text
+    assert "--shm-size=1g" in text
+    (problem,) = shared_memory(spec(layout={"zero": 0}, ranks={"max": 4}), 11 << 20)
+    assert "176.0 MiB (4 x 4 ranks x 11.0 MiB" in problem.render()
+    assert "layout.zero" in problem.fix
+
+
+def test_no_shared_memory_at_all_is_refused(tmp_path):
+    (problem,) = shared_memory(spec(), 1, tmp_path / "none")
+    assert "No such file" in problem.render()
+
+
+def test_replicated_state_needs_more():
+    assert shared_memory_needed(spec(layout={"zero": 0}), 100) > shared_memory_needed(spec(), 100)
+
+
+def test_a_checkpoint_folder_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    (problem,) = checkpoint_folder(spec(checkpoint={"to": "file/runs"}), tmp_path)
+    assert (problem.field, problem.value) == ("checkpoint.to", "file/runs")
+    assert "Not a directory" in problem.why
+    assert str(tmp_path / "file" / "runs") in problem.why
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_checkpoint_folder_without_rights_is_refused(tmp_path):
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o500)
+    (problem,) = checkpoint_folder(spec(checkpoint={"to": str(closed)}), tmp_path)
+    assert "Permission denied" in problem.why
+
+
+def test_a_checkpoint_folder_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
+    def denied(**where):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(checks.tempfile, "NamedTemporaryFile", denied)
+    (problem,) = checkpoint_folder(spec(checkpoint={"to": "runs"}), tmp_path)
+    assert "Permission denied" in problem.why
+    assert problem.fix
+
+
+def test_task_and_folder_are_refused_in_one_message(folder, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SpecError) as caught:
+        check(spec("Missing", checkpoint={"to": str(tmp_path / "file" / "x")}), folder)
+    assert [p.field for p in caught.value.problems] == ["task", "checkpoint.to"]
+
+
+def test_a_folder_with_misleading_names_does_no_harm(folder, tmp_path, monkeypatch):
+    (tmp_path / "json.py").write_text("raise RuntimeError('the wrong json')\n")
+    monkeypatch.chdir(tmp_path)
+    assert check(spec(), folder).tensors == 6
