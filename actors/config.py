@@ -73,7 +73,7 @@ class TaskFailed(msgspec.Struct, frozen=True):
     traceback: str
     step: int
     lane: int
-    rank: int = -1
+    kind: str = "task"  # or "internal": not the task's fault
 
 
 class Wake(msgspec.Struct, frozen=True):

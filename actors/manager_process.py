@@ -251,7 +251,7 @@ class Manager:
             saved = Saved(order.folder, order.step, order.file, error=str(error))
         self._writing.discard(order.path)
         self._tell(m.WatcherNote("saved", msgspec.msgpack.encode(saved)))
-        peer.send(m.encode(m.Order("saved", msgspec.msgpack.encode(order.step))))
+        peer.send(m.encode(m.Order("saved", msgspec.msgpack.encode(order.path))))
         self._release(self._released)
         self._saving.discard(threading.current_thread())
 

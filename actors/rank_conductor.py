@@ -51,7 +51,8 @@ class RankConductor:
         self._ended: str | None = None
         self._given: SlotsGiven | None = None
         self._acknowledged: set[int] = set()
-        self._saved: list[int] = []
+        self._saved: list[str] = []  # segment paths whose checkpoint file is written
+        self._pinned: dict[str, int] = {}  # segment path -> step, while it is being written to a checkpoint
         self._mesh: Mesh | None = None
         self._seat: Seat | None = None
         self._faults: list[LiveFault] = []
@@ -191,6 +192,7 @@ class RankConductor:
         if folder:
             assert self._seat is not None
             self._slots = self._slots.pin(step)
+            self._pinned[self._maps[index].path] = step
             file = f"rank-{self._seat.rank:05d}.safetensors"
             self.note("save", msgspec.msgpack.encode(SaveSegment(self._maps[index].path, step, folder, file)))
         return time.perf_counter() - began
@@ -199,8 +201,9 @@ class RankConductor:
         deadline = time.monotonic() + self._stall_s
         while True:
             with self._condition:
-                for saved in self._saved:
-                    self._slots = self._slots.unpin(saved)
+                for path in self._saved:  # of an older layout's segments nothing is kept here any more
+                    if (pinned := self._pinned.pop(path, None)) is not None:
+                        self._slots = self._slots.unpin(pinned)
                 self._saved.clear()
                 self._slots, index, why = self._slots.reserve(step, self._label)
                 if index is not None:
@@ -225,6 +228,7 @@ class RankConductor:
         self._drop_maps()
         self._maps = [SegmentMap(path, writable=True) for path in given.paths]
         self._slots = Slots.empty(count)
+        self._pinned.clear()
         self._slots_label = self._label
 
     def _drop_maps(self) -> None:
@@ -290,7 +294,7 @@ class RankConductor:
         elif order.kind == "fault":
             self._acknowledged.add(msgspec.msgpack.decode(order.payload, type=int))
         elif order.kind == "saved":
-            self._saved.append(msgspec.msgpack.decode(order.payload, type=int))
+            self._saved.append(msgspec.msgpack.decode(order.payload, type=str))
         elif order.kind == "end":
             self._ended = order.payload.decode(errors="replace")
 

@@ -50,11 +50,12 @@ def main(config: bytes) -> None:
     except RunOver as over:
         log.info("%s leaves: %s", decoded.name, over)
     except Exception as error:
+        kind = "internal"
         if isinstance(error, TaskRaised):
-            step, lane = error.step, error.lane
+            step, lane, kind = error.step, error.lane, "task"
         trace = "".join(traceback.format_exception(error.__cause__ or error))
         print(trace, file=sys.stderr, flush=True)
-        failed = TaskFailed(str(error) or type(error).__name__, trace, step, lane)
+        failed = TaskFailed(str(error) or type(error).__name__, trace, step, lane, kind)
         conductor.note("failed", msgspec.msgpack.encode(failed))
         conductor.close()
         sys.exit(1)

@@ -362,7 +362,7 @@ class Supervisor:
     def _on_task_failed(self, name: str, failed: TaskFailed) -> None:
         rank = next((i for i, member in enumerate(mb.current_members(self._membership)) if member.name == name), None)
         self._end(
-            Failure(kind="task", message=failed.message, step=failed.step, rank=rank,
+            Failure(kind=failed.kind, message=failed.message, step=failed.step, rank=rank,
                     lane=failed.lane if failed.lane >= 0 else None, traceback=failed.traceback)
         )  # fmt: skip
 

@@ -6,7 +6,9 @@
     ---------  ------------------------  ----------------------------------------------------------------
     Waiting    Joined, Tick              Gathering, when the target (or, after patience, the minimum) is ready
     Gathering  Inventoried, Stocked      Leveling through Choose/Chosen, when all that was asked has answered
-    Gathering  Unchoosable               Gathering (a watcher may still come back), else Ended
+    Gathering  Chosen behind the floor   unchanged, for `patience_s`, while watchers are missing that may hold more
+    Gathering  Unchoosable               the same, then Ended; at once where no watcher is missing
+    any        WatcherUp, WatcherLost    unchanged; a Gathering asks again, or goes on without the lost one's stock
     Leveling   Levelled (all)            Active
     Active     Voted (all)               Active next step; Gathering where the wanted members differ; Ended
     any        Died of a member          Gathering of the survivors; Waiting below the minimum
@@ -163,6 +165,7 @@ class Judged:
     step: int
     payload: bytes
     finished: bool = False
+    protected_step: int = -1  # newest step that all members have sealed
 
 
 @dataclass(frozen=True)
@@ -390,6 +393,8 @@ def _died(state: State, event: MemberDied, now: float) -> Decision:
     ready = {name: m for name, m in state.ready.items() if name != event.name}
     state = replace(state, ready=ready, unfenced=(*state.unfenced, event.name))
     asked = isinstance(state.phase, Gathering) and event.name in state.phase.asked
+    if isinstance(state.phase, Waiting) and len(ready) < state.minimum:
+        state = replace(state, phase=replace(state.phase, enough_since=None))
     if rank < 0 and not asked:
         return state, (), f"{event.name} died outside the view: {event.cause}"
     state = replace(state, lost=(*state.lost, Lost(event.name, event.cause, rank, event.detected_ms)))
@@ -409,7 +414,9 @@ def _died(state: State, event: MemberDied, now: float) -> Decision:
 def _gather(state: State, members: tuple[Member, ...], now: float, reason: str) -> Decision:
     number = state.number + 1
     id = ViewId(state.epoch, number)
-    leaving = {m.name for m in current_members(state)} & set(state.ready)
+    # Whoever was to leave still holds state: it is asked again when a death starts the gathering anew.
+    before = state.phase.asked if isinstance(state.phase, Gathering) else frozenset(m.name for m in current_members(state))
+    leaving = before & set(state.ready)
     asked = frozenset(leaving | {m.name for m in members})
     phase = Gathering(id, members, asked, state.watchers, now)
     prepare = Prepare(id, tuple(sorted(asked)), state.unfenced, state.lost)
@@ -422,7 +429,9 @@ def _watcher_up(state: State, domain: str) -> Decision:
     phase = state.phase
     if not isinstance(phase, Gathering):
         return state, (), f"watcher of {domain} is up"
-    phase = replace(phase, watchers=phase.watchers | {domain}, unchoosable="", held_back=None)
+    stocks = {d: payload for d, payload in phase.stocks.items() if d != domain}  # of its predecessor
+    watchers = phase.watchers | {domain}
+    phase = replace(phase, watchers=watchers, stocks=stocks, unchoosable="", held_back=None)
     prepare = Prepare(phase.id, tuple(sorted(phase.asked)), state.unfenced, state.lost)
     return replace(state, phase=phase), (SendPrepare(prepare),), f"watcher of {domain} is back while gathering"
 
@@ -477,8 +486,8 @@ def _chosen(state: State, event: Chosen, now: float) -> Decision:
             waiting = f"step {event.base_step} is what there is{known}; waiting for the watchers of {absent}"
             return replace(state, phase=replace(phase, held_back=event)), (), waiting
         state = replace(state, missing=frozenset())  # given up: the next choice does not wait for them again
-    # The base itself may rest on stamped memory only; it was voted on, so the step before it was protected.
-    floor = event.base_step - 1 if state.floor is None else min(state.floor, event.base_step)
+    # What an earlier epoch protected is not known; where that was less, a roll-back waits once in vain.
+    floor = event.base_step if state.floor is None else min(state.floor, event.base_step)
     state = replace(state, floor=floor)
     view = View(event.id, phase.members, event.base_step, event.payload)
     return replace(state, phase=Leveling(view)), (SendView(view),), f"view {event.id} starts from step {event.base_step}"
@@ -526,8 +535,7 @@ def _judged(state: State, event: Judged, now: float) -> Decision:
     phase = state.phase
     if not isinstance(phase, Active) or event.id != phase.view.id or event.step != phase.step:
         return state, (), f"stale verdict for {event.id} step {event.step}"
-    # Members vote on a step once their snapshot of the one before is sealed.
-    state = replace(state, floor=event.step - 1)
+    state = replace(state, floor=max(-1 if state.floor is None else state.floor, event.protected_step))
     if event.finished:
         send = SendVerdict(phase.view, event.step, event.payload, reform=False)
         return replace(state, phase=Ended("finished", ok=True)), (send,), "finished"

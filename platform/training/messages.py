@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from everstep.platform.training.layout import Run
-from everstep.storage.index import StateIndex, TensorMeta
+from everstep.storage.index import StateIndex
 
 
 class Inventory(msgspec.Struct, frozen=True):
@@ -19,7 +19,6 @@ class Inventory(msgspec.Struct, frozen=True):
     live: StateIndex | None
     units: tuple[Run, ...] = ()  # of the model's layout; every rank sends the same
     initial_step: int = 0  # the state that this rank built from the seed
-    tensors: tuple[TensorMeta, ...] = ()  # those that every state of the run has (parameters, buffers), torn or not
 
 
 class Stock(msgspec.Struct, frozen=True):

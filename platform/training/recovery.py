@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from everstep.platform.training.layout import Run
 from everstep.platform.training.messages import Inventory, Stock
 from everstep.platform.training.ownership import assign
-from everstep.storage.index import StateIndex, TensorKey, TensorMeta, merge
+from everstep.storage.index import StateIndex, merge
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,10 @@ def choose(
     held = [inventories[name].held for name in ranks]
     units = next(inventories[name].units for name in ranks)
     owned = assign(units, len(ranks), held)
-    tensors = {meta.key: meta for name in sorted(inventories) for meta in inventories[name].tensors}
     holes = []
     for step in sorted(by_step, reverse=True):
         merged = merge(*by_step[step])
-        missing = _missing(merged, tensors)
+        missing = merged.missing()
         if not missing:
             from_checkpoint = checkpoint is not None and step == checkpoint.step
             reason = f"step {step} is the newest that is covered"
@@ -65,8 +64,3 @@ def choose(
         why = "no step is covered, the initial state is built from the seed" if holes else "the run starts"
         return Choice(0, None, owned, from_checkpoint=False, reason=why)
     raise Lost("no step is covered by the memory that is left: " + "; ".join(holes))
-
-
-def _missing(index: StateIndex, tensors: Mapping[TensorKey, TensorMeta]) -> list[tuple[str, str, int, int]]:
-    """A sealed version lists only what its domain holds: a tensor that only the lost ones held is not in any."""
-    return StateIndex(index.step, tuple({**index.metas(), **tensors}.values()), index.fragments).missing()

@@ -1,4 +1,4 @@
-"""A driver for the test that SIGKILLs it: python host_driver.py processes|ray FOLDER RUNID."""
+"""A driver for the test that SIGKILLs it: python host_driver.py processes|ray FOLDER RUNID GRACE_S."""
 
 import sys
 import time
@@ -24,11 +24,11 @@ def make_host(kind: str, out: Path, folder: RunFolder) -> Host:
     return RayHost(print, run=folder.runid, log_dir=out / "logs", entries=ENTRIES, run_folder=folder)
 
 
-def main(kind: str, out: Path, runid: str) -> None:
+def main(kind: str, out: Path, runid: str, grace_s: float) -> None:
     folder = RunFolder(runid)
     folder.create()
     folder.hold()
-    folder.ensure_reaper(grace_s=1.0)
+    folder.ensure_reaper(grace_s)
     (out / "folder").write_text(str(folder.path))
     host = make_host(kind, out, folder)
     for i in range(2):
@@ -37,4 +37,4 @@ def main(kind: str, out: Path, runid: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3])
+    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3], float(sys.argv[4]))

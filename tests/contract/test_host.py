@@ -32,6 +32,9 @@ MakeHost = Callable[..., Host]
 Exits = dict[str, str]
 
 
+Drive = Callable[..., tuple[subprocess.Popen[bytes], list[int]]]
+
+
 class Watch:
     """Collects what a host reports."""
 
@@ -200,13 +203,66 @@ def test_close_ends_everything_and_leaves_nothing(make_host: MakeHost, watch: Wa
     assert open_descriptors() <= descriptors
 
 
-def test_sigkill_of_the_driver_leaves_nothing(tmp_path: Path) -> None:
-    check_driver_death("processes", tmp_path, limit_s=5.0)
+@pytest.fixture
+def drive(tmp_path: Path) -> Iterator[Drive]:
+    """Starts a driver (host_driver.py) with two children that sleep: (kind, grace_s) -> driver, pids."""
+    drivers = []
+
+    def start(kind: str, grace_s: float) -> tuple[subprocess.Popen[bytes], list[int]]:
+        # The shell gives the driver its own pid as run id and mark.
+        line = 'export EVERSTEP_TEST=everstep-test-$$; exec "$@" test-$$ ' + str(grace_s)
+        command = [
+            "sh",
+            "-c",
+            line,
+            "sh",
+            sys.executable,
+            str(Path(HERE) / "host_driver.py"),
+            kind,
+            str(tmp_path),
+        ]
+        driver = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": f"{SOURCE}:{HERE}"})
+        drivers.append(driver)
+        pids = [int(wait_for(tmp_path / f"pid-{i}")) for i in range(2)]
+        assert {driver.pid, *pids} < set(marked(driver.pid))
+        assert Path((tmp_path / "folder").read_text()).exists()
+        return driver, pids
+
+    yield start
+    for driver in drivers:
+        driver.kill()
+        driver.wait()
+    wait_until(lambda: not any(marked(driver.pid) for driver in drivers), 10.0)
+
+
+def test_sigkill_of_the_driver_leaves_nothing(drive: Drive, tmp_path: Path) -> None:
+    driver, pids = drive("processes", grace_s=4.0)
+    os.kill(pids[0], signal.SIGSTOP)
+    driver.kill()
+    wait_until(lambda: all(map(gone, pids)), 3.5)  # by the zygote, before the reaper acts
+    wait_until(lambda: not marked(driver.pid), 8.0)  # nor is there a zygote or a reaper
+    assert not Path((tmp_path / "folder").read_text()).exists()
+
+
+def test_children_die_with_their_zygote_while_the_driver_is_frozen(drive: Drive) -> None:
+    driver, pids = drive("processes", grace_s=1.0)
+    zygote = parent(pids[0])
+    os.kill(pids[0], signal.SIGSTOP)
+    driver.send_signal(signal.SIGSTOP)
+    os.kill(zygote, signal.SIGKILL)
+    wait_until(lambda: all(map(gone, pids)), 5.0)
 
 
 @pytest.mark.ray
-def test_sigkill_of_the_driver_of_an_embedded_ray_leaves_nothing(tmp_path: Path) -> None:
-    check_driver_death("ray", tmp_path, limit_s=10.0)
+def test_sigkill_of_the_driver_of_an_embedded_ray_leaves_nothing(drive: Drive, tmp_path: Path) -> None:
+    driver, pids = drive("ray", grace_s=1.0)
+    pids += map(int, (tmp_path / "ray_processes").read_text().split())
+    assert len(pids) >= 2 + 5
+    os.kill(pids[0], signal.SIGSTOP)
+    driver.kill()
+    wait_until(lambda: all(map(gone, pids)) and not marked(driver.pid), 10.0)
+    assert not Path((tmp_path / "folder").read_text()).exists()
+    assert not Path((tmp_path / "ray_folder").read_text()).exists()
 
 
 # What is particular to the process host.
@@ -317,39 +373,18 @@ def open_descriptors() -> set[str]:
     return found
 
 
-def marked(mark: str) -> list[int]:
-    """Pids of the processes whose environment carries a mark."""
+def parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def marked(driver: int) -> list[int]:
+    """Living processes of a driver, reaper included: by the mark in their environment or command line."""
+    mark = f"everstep-test-{driver}".encode()
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            if mark.encode() in (folder / "environ").read_bytes():
+            if mark in (folder / "environ").read_bytes() + (folder / "cmdline").read_bytes():
                 found.append(int(folder.name))
         except OSError:
             pass
     return [pid for pid in found if not gone(pid)]
-
-
-def check_driver_death(kind: str, tmp_path: Path, limit_s: float) -> None:
-    """SIGKILLs a driver that has a running and a frozen child; then everything must go, the reaper too."""
-    mark = f"EVERSTEP_TEST_MARK={time.monotonic_ns()}"
-    name, _, value = mark.partition("=")
-    environment = {**os.environ, name: value, "PYTHONPATH": f"{SOURCE}:{HERE}"}
-    driver = subprocess.Popen(
-        [sys.executable, str(Path(HERE) / "host_driver.py"), kind, str(tmp_path), value], env=environment
-    )
-    try:
-        pids = [int(wait_for(tmp_path / f"pid-{i}")) for i in range(2)]
-        os.kill(pids[0], signal.SIGSTOP)
-        folder = Path((tmp_path / "folder").read_text())
-        assert folder.exists()
-        assert set(pids) < set(marked(mark))
-    finally:
-        driver.kill()
-        driver.wait()
-    if kind == "ray":  # some of them paint over their environment
-        pids += map(int, (tmp_path / "ray_processes").read_text().split())
-        assert len(pids) >= 2 + 5
-    wait_until(lambda: not marked(mark) and all(map(gone, pids)), limit_s)
-    wait_until(lambda: not folder.exists(), limit_s)
-    if kind == "ray":
-        wait_until(lambda: not Path((tmp_path / "ray_folder").read_text()).exists(), limit_s)

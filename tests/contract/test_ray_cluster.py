@@ -12,7 +12,7 @@ import pytest
 
 ray = pytest.importorskip("ray")
 
-from everstep.actors.ray_cluster import EmbeddedRay  # noqa: E402
+from everstep.actors.ray_cluster import EmbeddedRay, connect  # noqa: E402
 from everstep.actors.ray_host import RankResources, RayHost  # noqa: E402
 from everstep.actors.ray_supervisor import (  # noqa: E402
     RunExists,
@@ -94,6 +94,27 @@ def test_its_token_is_private_and_its_own(embedded: EmbeddedRay) -> None:
 def test_a_second_connection_is_refused(embedded: EmbeddedRay) -> None:
     with pytest.raises(RuntimeError, match="already connected"):
         EmbeddedRay.start(cpus=1)
+
+
+def test_another_process_connects_with_the_token(embedded: EmbeddedRay) -> None:
+    script = """
+import sys, ray
+from everstep.actors.ray_cluster import connect
+connection = connect(sys.argv[1])
+print(len(ray.nodes()), ray.get_runtime_context().namespace)
+connection.close()
+connection.close()
+"""
+    environment = {**os.environ, "PYTHONPATH": SOURCE, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+    del environment["RAY_AUTH_MODE"]  # `connect` sets it where it sees a token
+    command = [sys.executable, "-c", script, embedded.address]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("1 everstep\n", "")
+
+
+def test_a_thin_client_is_refused() -> None:
+    with pytest.raises(ValueError, match="HOST:PORT"):
+        connect("ray://127.0.0.1:10001")
 
 
 def test_a_supervisor_answers_and_outlives_nobody_but_itself(
@@ -191,21 +212,20 @@ from everstep.actors.ray_cluster import EmbeddedRay
 from everstep.actors.ray_host import RayHost
 from everstep.actors.run_folder import start_time
 before = dict(os.environ)
-for _ in range(2):  # a process may start one after the other
-    ray = EmbeddedRay.start(cpus=2, path=[{HERE!r}])
-    entries = {{"manager": "host_entries:sleep"}}
-    host = RayHost(print, run="close", log_dir=Path({str(tmp_path)!r}), entries=entries)
-    host.start("manager", "manager-0", 0, b"")
-    while not (pid := host.pid("manager-0")):
-        time.sleep(0.01)
-    os.kill(pid, signal.SIGSTOP)
-    processes = ray.processes()
-    assert pid in dict(processes) and len(processes) >= 5, processes
-    ray.close()
-    ray.close()
-    assert not [pid for pid, started in processes if start_time(pid) == started]
-    assert not ray.folder.exists()
-    host.close()
+ray = EmbeddedRay.start(cpus=2, path=[{HERE!r}])
+entries = {{"manager": "host_entries:sleep"}}
+host = RayHost(print, run="close", log_dir=Path({str(tmp_path)!r}), entries=entries)
+host.start("manager", "manager-0", 0, b"")
+while not (pid := host.pid("manager-0")):
+    time.sleep(0.01)
+os.kill(pid, signal.SIGSTOP)
+processes = ray.processes()
+assert pid in dict(processes) and len(processes) >= 5, processes
+ray.close()
+ray.close()
+assert not [pid for pid, started in processes if start_time(pid) == started]
+assert not ray.folder.exists()
+host.close()
 assert dict(os.environ) == before
 print("all gone")
 """

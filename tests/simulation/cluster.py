@@ -16,7 +16,7 @@ from simulation.trainer import Trainer
 from simulation.watcher import Watcher
 from simulation.world import Process, World
 
-FAULTY_S = 12.0
+FAULTY_S = 15.0
 END_S = 240.0  # far more than any run takes
 SUPPLY_S = 0.3  # between looks at what has to be started again
 
@@ -58,7 +58,10 @@ class Cluster:
         slots = rng.randint(2, 6)
         minimum = rng.randint(1, min(2, slots))
         domains = tuple(f"domain-{slot}" for slot in range(slots))
-        self.job = Job(minimum, rng.randint(minimum, slots), rng.randint(20, 60), domains, rng.random() < 0.25)
+        target, start = rng.randint(minimum, slots), rng.choice([0, 0, 40])
+        steps = start + rng.randint(60, 160)  # most runs outlast the faults
+        replicated, offers_live, every = rng.random() < 0.25, rng.random() < 0.5, rng.choice([1, 1, 1, 3])
+        self.job = Job(minimum, target, steps, domains, replicated, offers_live, every, start)
         self.hosts_fail = rng.random() < 0.3
         self.referee = Referee(self.world, self.job.steps, self.job.replicated)
         self.directory = Directory()

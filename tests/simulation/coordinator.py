@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 from simulation.referee import Referee
-from simulation.state import ALL, UNITS, Memory, units_of
+from simulation.state import ALL, CHECKPOINT, Memory, index_of
 from simulation.world import Connection, Process, World
 
 from everstep.collectives import membership as m
@@ -49,7 +49,9 @@ class Job:
     steps: int
     domains: tuple[str, ...]
     replicated: bool  # ZeRO 0: every rank holds everything
-    hashes: Memory = field(default_factory=dict)
+    offers_live: bool  # stamped memory is a source for others; else it is sealed before it is offered
+    every: int  # steps between snapshots
+    start: int  # step of the checkpoint that the run resumes; 0: from the seed
 
 
 @dataclass
@@ -211,7 +213,9 @@ class Coordinator(Process):
         stocks = {d: _stock.decode(p) for d, p in command.stocks.items()}
         names = [member.name for member in command.members]
         try:
-            choice = recovery.choose(names, inventories, stocks, None, 0)
+            start = self.job.start
+            checkpoint = index_of(start, ALL, CHECKPOINT) if start else None
+            choice = recovery.choose(names, inventories, stocks, checkpoint, start)
         except recovery.Lost as lost:
             self.feed(m.Unchoosable(command.id, str(lost)))
             return
@@ -232,7 +236,8 @@ class Coordinator(Process):
             self.referee.whole(values)
         payload = _pack(training.Verdict(outcome, protected_step=protected, last=step >= last))
         self.referee.judged(view.id, step, payload, set(votes), protected)
-        self.feed(m.Judged(view.id, step, payload, finished=outcome == "finished"))
+        self.referee.reforms(view.id, len(votes), min(len(self.state.ready), self.state.target))
+        self.feed(m.Judged(view.id, step, payload, outcome == "finished", protected))
 
     def _announce(self, view: View, payload: bytes) -> None:
         """The first verdict of a view says that its base step is protected: older cuts may go everywhere."""

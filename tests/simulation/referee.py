@@ -7,7 +7,8 @@
 4. A protected step is recoverable unless the memory of all (ZeRO 0) or any (else) of those that sealed it was
    lost with its host, or cannot be reached for longer than the patience.
 5. A zombie changes nothing: it joins no view and votes in none after it was declared dead in its epoch.
-6. Progress: with nothing broken for a while, steps are decided, and the run ends.
+6. A view whose size is not the wanted one is replaced at the next step boundary.
+7. Progress: with nothing broken for a while, steps are decided, and the run ends.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ class Referee:
         self.rolled_back = 0
         self._verdicts: dict[tuple[ViewId, int], tuple[bytes, float]] = {}
         self._dead: dict[tuple[int, str], float] = {}
+        self._outgrown = ViewId(0, 0)
         self._holders: set[str] = set()  # members that have sealed the newest protected step
         self._gone: set[str] = set()  # members whose seals went with their host
 
@@ -88,6 +90,13 @@ class Referee:
                 self.protected = max(self.protected, min(protected, self.last_step))
                 self._holders = holders
         self.stir()
+
+    def reforms(self, view: ViewId, ranks: int, wanted: int) -> None:
+        """A view that is not as large as it should be ends with the step: it gets no second verdict."""
+        if self._outgrown == view and view >= self.acting:
+            self.fail(f"view {view} has {ranks} ranks, {wanted} are wanted, and it goes on")
+        if ranks != wanted:
+            self._outgrown = view
 
     def declared_dead(self, epoch: int, name: str) -> None:
         self._dead.setdefault((epoch, name), self.world.now)

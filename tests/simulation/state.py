@@ -28,6 +28,7 @@ Memory = dict[int, Value]  # by unit
 TENSORS = (TensorMeta("a", "param", "float32", (7,)), TensorMeta("b", "param", "float32", (2,)))
 UNITS = tuple((i, i + 1) for i in range(sum(meta.numel for meta in TENSORS)))
 ALL = tuple(range(len(UNITS)))
+CHECKPOINT = Source("file", "", "state.safetensors")
 _PLACES = tuple((meta.name, i) for meta in TENSORS for i in range(meta.numel))
 _UNIT_AT = {place: unit for unit, place in enumerate(_PLACES)}
 
@@ -54,10 +55,9 @@ def runs_of(units: Iterable[int]) -> tuple[Run, ...]:
 
 
 def index_of(step: int, units: Iterable[int], source: Source) -> StateIndex:
-    """Lists only the tensors that `units` touch, as a segment does."""
+    """Lists every tensor of the state, whether `units` touch it or not."""
     fragments = tuple(Fragment(_PLACES[u][0], "param", _PLACES[u][1], _PLACES[u][1] + 1, source, 4 * u) for u in units)
-    touched = {fragment.name for fragment in fragments}
-    return StateIndex(step, tuple(meta for meta in TENSORS if meta.name in touched), fragments)
+    return StateIndex(step, TENSORS, fragments)
 
 
 def wants_of(units: Iterable[int], holder: str) -> list[Want]:

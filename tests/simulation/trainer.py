@@ -10,7 +10,7 @@ import msgspec
 from simulation import watcher as w
 from simulation.coordinator import Job
 from simulation.referee import Referee
-from simulation.state import ALL, TENSORS, UNITS, Memory, Segment, advance, index_of, reference, runs_of
+from simulation.state import ALL, CHECKPOINT, UNITS, Memory, advance, index_of, reference, runs_of
 from simulation.state import units_between, units_of, wants_of
 from simulation.world import Connection, Process, World
 
@@ -64,7 +64,10 @@ class Trainer(Process):
         self._peers: dict[str, Connection] = {}
         self._applying = False
         # Snapshots.
-        self._sealed = TORN
+        self._label: ViewId | None = None  # view in whose layout the memory is cut
+        self._sealed = TORN  # newest, in whatever view
+        self._due = TORN  # no vote before this step is sealed in the acting view
+        self._reserving = False
         self._writing: tuple[ViewId, int, int] | None = None  # view, step, slot
         # Restore.
         self._fetching: dict[Connection, int] = {}
@@ -169,11 +172,16 @@ class Trainer(Process):
 
     def _keep_promise(self) -> None:
         """The inventory comes after the last write: an apply in progress ends first, as does a snapshot."""
-        if self._promise is None or self._applying or self._writing is not None:
+        if self._promise is None or self._applying or self._reserving or self._writing is not None:
+            return
+        live = None
+        if self.stamp != TORN and self.job.offers_live:
+            live = index_of(self.stamp, self.memory, Source("live", self.name, ""))
+        elif self.stamp not in (TORN, self._sealed) and self._label is not None:
+            self._snapshot(self._label)
             return
         id, self._promise = self._promise.id, None
-        live = index_of(self.stamp, self.memory, Source("live", self.name, "")) if self.stamp != TORN else None
-        inventory = training.Inventory(self.stamp, runs_of(self.memory), live, UNITS, 0, TENSORS)
+        inventory = training.Inventory(self.stamp, runs_of(self.memory), live, UNITS)
         self._say(wire.Inventory(id, _pack(inventory)))
 
     # ---- restore ----------------------------------------------------------------------------------------
@@ -192,18 +200,23 @@ class Trainer(Process):
         if self.stamp != base:
             self.memory, self.stamp = {}, TORN
         wanted = [u for u in self._mine() if u not in self.memory]
+        if wanted and not self.job.offers_live:
+            self.stamp = TORN  # new stores are taken, the old ones are nobody's source
         asks: dict[tuple[str, str, str], list[int]] = {}
         for copy in plan(have, wants_of(wanted, self.name), self._cost):
             source = copy.source
             asks.setdefault((source.kind, source.holder, source.locator), []).extend(_units(copy))
-        for (_, holder, locator), units in asks.items():
+        for (kind, holder, locator), units in asks.items():
+            if kind == CHECKPOINT.kind:
+                self.memory |= {u: reference(base, u) for u in units}
+                continue
             link = self.world.connect(self, self._find(holder))
             if link is None:
                 self._complain(holder, "cannot reach a source")
                 return
             self._fetching[link] = len(units)
             link.send(self, w.Fetch(view.id, locator, base, tuple(units)))
-        if not asks:
+        if not self._fetching:
             self._level()
 
     def _cost(self, source: Source, want: Want) -> int:
@@ -236,6 +249,7 @@ class Trainer(Process):
     def _level(self) -> None:
         assert self._view is not None
         self.stamp = self._view.base_step
+        self._label = self._view.id
         self.referee.holds(self.name, "is level with", self.memory, self.stamp)
         self._say(wire.Level(self._view.id))
 
@@ -246,14 +260,16 @@ class Trainer(Process):
             return
         self.memory = {u: self.memory[u] for u in self._mine()}
         self._active = True
-        self._sealed = TORN
+        self._due = self.stamp
+        self._snapshot(id)
         self._begin(self._view.base_step + 1)
 
     def _begin(self, step: int) -> None:
         self._step = step
         self._computed = self._voted = False
-        if step <= self.job.steps + 1:
-            self._snapshot()
+        if self.stamp > self._due and (self.stamp % self.job.every == 0 or self.stamp == self.job.steps):
+            self._due = self.stamp
+            self._snapshot(self._label)
         self._later(self._pace_s if step <= self.job.steps else 0.01, self._compute)
 
     def _compute(self) -> None:
@@ -276,8 +292,7 @@ class Trainer(Process):
         if not self._active or not self._computed or self._voted or self._view is None:
             return
         others = {member.name for member in self._view.members} - {self.name}
-        base = min(self._step - 1, self.job.steps)
-        if self._sealed < base or not self._heard.get((self._view.id, self._step), set()) >= others:
+        if self._sealed != self._due or self._reserving or self._writing or not self._heard.get((self._view.id, self._step), set()) >= others:
             return
         self._heard.pop((self._view.id, self._step), None)
         self._voted = True
@@ -325,14 +340,18 @@ class Trainer(Process):
 
     # ---- snapshots --------------------------------------------------------------------------------------
 
-    def _snapshot(self) -> None:
-        assert self._view is not None and self.stamp != TORN
-        self._tell(w.Reserve(self._view.id, self.stamp))
+    def _snapshot(self, label: ViewId | None) -> None:
+        assert label is not None and self.stamp != TORN
+        self._reserving = True
+        self._tell(w.Reserve(label, self.stamp))
 
     def _reserved(self, slot: w.Reserved) -> None:
-        if self._view is None or slot.view != self._view.id or not self._active or slot.step != self.stamp:
-            self._tell(w.Abandoned(slot.view, slot.index))
+        self._reserving = False
+        if slot.segment is None:  # the state of this view is protected elsewhere, in a newer one
+            self._sealed = self.stamp
+            self._keep_promise()
             return
+        assert slot.step == self.stamp and slot.view == self._label, "nothing changes before the slot is there"
         self._writing = (slot.view, slot.step, slot.index)
         slot.segment.seal = None
         slot.segment.values = {}
@@ -342,6 +361,7 @@ class Trainer(Process):
     def _write(self, slot: w.Reserved, copy: Memory) -> None:
         if self._writing != (slot.view, slot.step, slot.index):
             return
+        assert slot.segment is not None
         half = len(copy) // 2
         slot.segment.values = dict(sorted(copy.items())[:half])
         self.after(self._rng.uniform(0.005, 0.05), lambda: self._seal(slot, copy))
@@ -349,14 +369,14 @@ class Trainer(Process):
     def _seal(self, slot: w.Reserved, copy: Memory) -> None:
         if self._writing != (slot.view, slot.step, slot.index):
             return
+        assert slot.segment is not None
         self._writing = None
         slot.segment.values = copy
         slot.segment.seal = (slot.step, slot.view)
         self.referee.holds(self.name, "seals", copy, slot.step)
         self._tell(w.Sealed(slot.view, slot.step, slot.index))
-        if self._view is not None and slot.view == self._view.id:
-            self._sealed = slot.step
-            self._advance()
+        self._sealed = slot.step
+        self._advance()
         self._keep_promise()
 
 

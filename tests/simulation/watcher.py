@@ -51,7 +51,7 @@ class Reserved:
     view: ViewId
     step: int
     index: int
-    segment: Segment  # mapped
+    segment: Segment | None  # mapped; None: the view's segments have been freed
 
 
 @dataclass(frozen=True)
@@ -184,8 +184,10 @@ class Watcher(Process):
         return next((cut for cut in self.home.cuts if cut.view == view), None)
 
     def _reserve(self, name: str, view: ViewId, step: int) -> None:
-        if view < max(self._highest, self._freed_below):
-            return  # of a view that is over; the trainer will hear of it
+        assert self._trainer is not None
+        if view < self._freed_below:
+            self._trainer[1].send(self, Reserved(view, step, -1, None))
+            return
         cut = self._cut(view)
         if cut is None:
             segments = tuple(Segment(f"{name}-{view}-{i}") for i in range(SLOTS))
@@ -193,7 +195,6 @@ class Watcher(Process):
             self.home.cuts.append(cut)
         cut.slots, index, reason = cut.slots.reserve(step, (view.epoch, view.number))
         assert index is not None, f"{self.name} has no slot: {reason}"
-        assert self._trainer is not None
         self._trainer[1].send(self, Reserved(view, step, index, cut.segments[index]))
 
     def _free_below(self, view: ViewId) -> None:

@@ -1,0 +1,138 @@
+"""The one chooser: newest covered step, roll-back, checkpoint, seed, and Lost with its reasons."""
+
+from __future__ import annotations
+
+import pytest
+
+from everstep.platform.training.layout import Run
+from everstep.platform.training.messages import Inventory, Stock
+from everstep.platform.training.recovery import Choice, Lost, choose
+from everstep.storage.index import Fragment, Source, StateIndex, TensorMeta
+
+W = TensorMeta("w", "param", "float32", (8,))
+B = TensorMeta("b", "param", "float32", (2,))
+UNITS: tuple[Run, ...] = ((0, 2), (2, 4), (4, 6), (6, 8), (16, 32))
+
+
+def index(step: int, source: Source, *ranges: tuple[int, int], b: bool = False) -> StateIndex:
+    """`ranges` of w, and all of b if asked for; tensors that are not touched are not listed."""
+    fragments = [Fragment("w", "param", start, stop, source, 0) for start, stop in ranges]
+    fragments += [Fragment("b", "param", 0, 2, source, 64)] if b else []
+    metas = tuple(meta for meta, wanted in ((B, b), (W, bool(ranges))) if wanted)
+    return StateIndex(step, metas, tuple(fragments))
+
+
+def live(name: str, step: int, *ranges: tuple[int, int], b: bool = False) -> Inventory:
+    held = (*ranges, (16, 32)) if b else ranges
+    return Inventory(step, held, index(step, Source("live", name, ""), *ranges, b=b), UNITS, 0, (W, B))
+
+
+def torn(held: tuple[Run, ...] = ()) -> Inventory:
+    return Inventory(-1, held, None, UNITS, 0, (W, B))
+
+
+def sealed(domain: str, step: int, *ranges: tuple[int, int], b: bool = False) -> StateIndex:
+    return index(step, Source("segment", domain, f"step-{step}"), *ranges, b=b)
+
+
+def choice_of(
+    inventories: dict[str, Inventory],
+    stocks: dict[str, Stock] | None = None,
+    checkpoint: StateIndex | None = None,
+    initial_step: int = 5,
+    ranks: list[str] | None = None,
+) -> Choice:
+    return choose(ranks or sorted(inventories), inventories, stocks or {}, checkpoint, initial_step)
+
+
+def test_the_newest_step_in_stamped_memory_is_taken() -> None:
+    choice = choice_of({"r0": live("r0", 7, (0, 4)), "r1": live("r1", 7, (4, 8), b=True)})
+    assert choice.base_step == 7
+    assert choice.have is not None
+    assert choice.have.missing() == []
+    assert not choice.from_checkpoint
+
+
+def test_memory_and_segments_complete_each_other() -> None:
+    """One rank was killed after it sealed the step that the others hold in memory."""
+    choice = choice_of({"r0": live("r0", 7, (0, 4), b=True)}, {"d1": Stock((sealed("d1", 7, (4, 8)),))})
+    assert choice.base_step == 7
+    assert {f.source.kind for f in choice.have.fragments} == {"live", "segment"} if choice.have else False
+
+
+def test_a_commit_that_is_not_covered_is_rolled_back() -> None:
+    """r1 died before it sealed step 8: its part of it is gone, step 7 is sealed everywhere."""
+    choice = choice_of(
+        {"r0": live("r0", 8, (0, 4), b=True)},
+        {"d0": Stock((sealed("d0", 7, (0, 4), b=True),)), "d1": Stock((sealed("d1", 7, (4, 8)),))},
+    )
+    assert choice.base_step == 7
+    assert choice.owned == (((0, 8), (16, 32)),)
+
+
+def test_torn_memory_is_no_source() -> None:
+    stocks = {"d0": Stock((sealed("d0", 7, (0, 8), b=True),))}
+    choice = choice_of({"r0": torn(((0, 8),)), "r1": live("r1", 8, (0, 4))}, stocks)
+    assert choice.base_step == 7
+
+
+def test_one_domain_with_two_versions_offers_both() -> None:
+    d0 = Stock((sealed("d0", 6, (0, 4), b=True), sealed("d0", 7, (0, 4), b=True)))
+    d1 = Stock((sealed("d1", 6, (4, 8)),))
+    assert choice_of({"r0": torn()}, {"d0": d0, "d1": d1}).base_step == 6
+
+
+def test_a_tensor_that_only_a_lost_domain_held_makes_the_step_uncovered() -> None:
+    """No index of what is left even lists it."""
+    stocks = {"d0": Stock((sealed("d0", 7, (0, 8)),)), "d1": Stock((sealed("d1", 6, (0, 8), b=True),))}
+    assert choice_of({"r0": torn()}, stocks).base_step == 6
+
+
+def test_members_that_leave_offer_their_memory_but_own_nothing() -> None:
+    inventories = {"r0": live("r0", 7, (0, 4)), "r1": live("r1", 7, (4, 8), b=True)}
+    choice = choice_of(inventories, ranks=["r0"])
+    assert choice.base_step == 7
+    assert choice.owned == (((0, 8), (16, 32)),)
+
+
+def test_owners_keep_what_they_hold_also_when_their_memory_is_torn() -> None:
+    stocks = {"d0": Stock((sealed("d0", 7, (0, 8), b=True),))}
+    inventories = {"r0": torn(((4, 8), (16, 32))), "r1": torn(((0, 4),))}
+    assert choice_of(inventories, stocks).owned == (((4, 8), (16, 32)), ((0, 4),))
+
+
+def test_nothing_covered_falls_back_to_the_checkpoint() -> None:
+    checkpoint = index(5, Source("file", "", "rank-0.safetensors"), (0, 8), b=True)
+    choice = choice_of({"r0": live("r0", 9, (0, 4))}, checkpoint=checkpoint)
+    assert (choice.base_step, choice.from_checkpoint) == (5, True)
+    assert choice.have is not None
+    assert {f.source.kind for f in choice.have.fragments} == {"file"}
+
+
+def test_memory_that_is_newer_than_the_checkpoint_is_preferred() -> None:
+    checkpoint = index(5, Source("file", "", "rank-0.safetensors"), (0, 8), b=True)
+    choice = choice_of({"r0": live("r0", 6, (0, 8), b=True)}, checkpoint=checkpoint)
+    assert (choice.base_step, choice.from_checkpoint) == (6, False)
+
+
+@pytest.mark.parametrize(("inventory", "why"), [(torn(), "the run starts"), (live("r0", 3, (0, 4)), "no step is covered")])
+def test_a_run_from_the_seed_can_always_start_again(inventory: Inventory, why: str) -> None:
+    choice = choice_of({"r0": inventory}, initial_step=0)
+    assert (choice.base_step, choice.have, choice.from_checkpoint) == (0, None, False)
+    assert why in choice.reason
+
+
+def test_lost_names_what_is_missing_at_each_step() -> None:
+    inventories = {"r0": live("r0", 8, (0, 4), b=True)}
+    stocks = {"d0": Stock((sealed("d0", 7, (0, 6), b=True),))}
+    with pytest.raises(Lost) as caught:
+        choice_of(inventories, stocks)
+    assert "step 8: 1 ranges, first w/param[4:8]" in str(caught.value)
+    assert "step 7: 1 ranges, first w/param[6:8]" in str(caught.value)
+
+
+def test_the_choice_does_not_depend_on_the_order_of_answers() -> None:
+    inventories = {"r0": live("r0", 7, (0, 4)), "r1": live("r1", 7, (4, 8), b=True)}
+    stocks = {"d0": Stock((sealed("d0", 6, (0, 4)),)), "d1": Stock((sealed("d1", 6, (4, 8), b=True),))}
+    backwards = choose(["r0", "r1"], dict(reversed(inventories.items())), dict(reversed(stocks.items())), None, 5)
+    assert backwards == choose(["r0", "r1"], inventories, stocks, None, 5)
