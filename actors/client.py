@@ -19,9 +19,9 @@ class SupervisorClient:
         self._address = address
         self._token = token
 
-    def _call(self, request: dict[str, Any]) -> bytes:
+    def _call(self, request: dict[str, Any], timeout_s: float = 10.0) -> bytes:
         try:
-            return call(self._address, self._token, msgspec.msgpack.encode(request))
+            return call(self._address, self._token, msgspec.msgpack.encode(request), timeout_s)
         except CollectiveError as error:
             raise ConnectionError(str(error)) from error
 
@@ -39,6 +39,14 @@ class SupervisorClient:
 
     def result(self) -> RunResult | None:
         return msgspec.json.decode(self._call({"do": "result"}), type=RunResult | None)
+
+    def wait(self, timeout_s: float) -> bool:
+        """True once there is a result."""
+        return msgspec.json.decode(self._call({"do": "wait", "timeout_s": timeout_s}, timeout_s + 10), type=bool)
+
+    def close(self) -> None:
+        """Ends the run's processes, now if it still goes on."""
+        self._call({"do": "close"}, 60.0)
 
 
 def connect(address: str, token: str) -> SupervisorClient:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from typing import Any
 
 import msgspec
@@ -15,9 +16,8 @@ class ManagerConfig(msgspec.Struct, frozen=True):
     domain: str
     token: str
     coordinator: str  # host:port
-    host: str  # interface to listen on
     frozen_s: float
-    threads: int = 1
+    embedded: bool  # the driver keeps the run folder; else this manager does too
 
 
 class RankConfig(msgspec.Struct, frozen=True):
@@ -29,10 +29,8 @@ class RankConfig(msgspec.Struct, frozen=True):
     token: str
     manager: str  # host:port of the manager's control listener
     fetch: str  # host:port of the manager's fetch listener
-    host: str
     spec: dict[str, Any]
     spec_dir: str
-    metrics: str = ""  # file for the jsonl log, written by rank 0
 
 
 class SlotsWanted(msgspec.Struct, frozen=True):
@@ -86,3 +84,12 @@ class Wake(msgspec.Struct, frozen=True):
 class FaultReached(msgspec.Struct, frozen=True):
     index: int
     step: int
+
+
+def interface_towards(address: str) -> str:
+    """The address of this machine's interface that faces host:port; loopback for loopback."""
+    host, port = address.rsplit(":", 1)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # connecting UDP sends nothing
+        probe.connect((host, int(port)))
+        found: str = probe.getsockname()[0]
+    return found

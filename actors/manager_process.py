@@ -17,7 +17,7 @@ from pathlib import Path
 
 import msgspec
 
-from everstep.actors.config import ManagerConfig, Saved, SaveSegment, SlotsGiven, SlotsWanted, Wake
+from everstep.actors.config import ManagerConfig, Saved, SaveSegment, SlotsGiven, SlotsWanted, Wake, interface_towards
 from everstep.actors.fetch import FetchServer
 from everstep.actors.liveness import Judge
 from everstep.actors.run_folder import RunFolder
@@ -54,9 +54,10 @@ class Manager:
         self._done = threading.Event()
         self._folder = Path(config.run_folder) / config.domain
         self._folder.mkdir(mode=0o700, exist_ok=True)
+        host = interface_towards(config.coordinator)
         self._judge = Judge(self._on_dead)
-        self._fetch = FetchServer(config.host, config.token, self._resolve)
-        self._server = ControlServer(f"{config.host}:0", config.token, self._on_trainer, self._on_trainer_gone, max_peers=64)
+        self._fetch = FetchServer(host, config.token, self._resolve)
+        self._server = ControlServer(f"{host}:0", config.token, self._on_trainer, self._on_trainer_gone, max_peers=64)
         self._up = ControlClient(config.coordinator, config.token, self._on_coordinator, self._on_coordinator_lost)
         self._tell(m.Watching(config.domain, config.slot, self._fetch.address, os.getpid()))
         note = msgspec.msgpack.encode({"control": self._server.address})
@@ -260,5 +261,11 @@ def main(config: bytes) -> None:
     """Entry point of a manager process."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     decoded = msgspec.msgpack.decode(config, type=ManagerConfig)
-    RunFolder.at(Path(decoded.run_folder)).register_pid()
+    folder = RunFolder.at(Path(decoded.run_folder))
+    if not decoded.embedded:  # on a cluster's other nodes nobody else makes the folder, or keeps it
+        folder.create()
+        folder.hold()
+        folder.ensure_reaper()
+    folder.register_pid()
     Manager(decoded).run()
+    folder.let_go()

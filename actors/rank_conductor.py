@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from everstep.actors.config import FaultReached, RankConfig, SaveSegment, SlotsGiven, SlotsWanted
+from everstep.actors.config import FaultReached, RankConfig, SaveSegment, SlotsGiven, SlotsWanted, interface_towards
 from everstep.actors.fetch import fetch, fetch_local
 from everstep.collectives import messages as m
 from everstep.collectives.control import ControlClient
@@ -63,7 +63,7 @@ class RankConductor:
         self._maps: list[SegmentMap] = []
         self._sealed = -1
         self._checkpoint_to = ""
-        self._listener = Listener(config.host, config.token)
+        self._listener = Listener(interface_towards(config.manager), config.token)
         self._control = ControlClient(config.manager, config.token, self._on_message, self._on_lost)
         self.note("hello", config.name.encode())
 

@@ -56,6 +56,7 @@ class RunConfig:
     metrics: Path | None
     host_name: str
     bind: str = "127.0.0.1"
+    embedded: bool = True  # everything ends with the driver; else managers keep the run's memory alive
 
 
 @dataclass
@@ -140,16 +141,20 @@ class Supervisor:
     def events(self, after: int) -> list[Event]:
         return self._journal.after(after)
 
-    def close(self) -> None:
-        """Ends every process and thread of the run, now if it still goes on; idempotent."""
+    def end_processes(self) -> None:
+        """Ends the loop and every process of the run, now if it still goes on; the endpoint stays. Idempotent."""
         self._queue.put(("close",))
         if self._thread.ident is not None:
             self._thread.join()
         self._host.close()
-        self._server.stop()
         if self._checkpoints is not None:
             self._checkpoints.close()
         self._journal.close()
+
+    def close(self) -> None:
+        """Ends everything that the run has; idempotent."""
+        self.end_processes()
+        self._server.stop()
 
     def status(self) -> Status:
         members = mb.current_members(self._membership)
@@ -190,6 +195,10 @@ class Supervisor:
                 answer = self.stop(str(request["reason"]))
             case "result":
                 answer = self._result
+            case "wait":
+                answer = self.wait(min(float(request["timeout_s"]), 30.0))
+            case "close":
+                answer = self.end_processes()
             case other:
                 raise ValueError(f"unknown call {other!r}")
         return msgspec.json.encode(answer)
@@ -494,12 +503,12 @@ class Supervisor:
 
     def _manager_config(self, slot: int, name: str) -> ManagerConfig:
         c = self._config
-        return ManagerConfig(c.run_id, str(c.run_folder), name, slot, _domain(slot), c.token, self.address, c.bind, self._spec.timeouts.frozen_s)
+        return ManagerConfig(c.run_id, str(c.run_folder), name, slot, _domain(slot), c.token, self.address, self._spec.timeouts.frozen_s, c.embedded)
 
     def _rank_config(self, slot: int, name: str) -> RankConfig:
         c, place = self._config, self._staffing.slots[slot]
         return RankConfig(
-            c.run_id, str(c.run_folder), name, slot, _domain(slot), c.token, place.control, place.fetch, c.bind,
+            c.run_id, str(c.run_folder), name, slot, _domain(slot), c.token, place.control, place.fetch,
             self._spec.to_dict(), str(c.spec_dir),
         )  # fmt: skip
 

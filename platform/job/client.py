@@ -33,5 +33,8 @@ class RunClient(Protocol):
 class RunHandle(RunClient, Protocol):
     """A run that this process started and has to end."""
 
+    def wait(self, timeout_s: float) -> bool:
+        """Waits for the result, at most this long; True once there is one."""
+
     def close(self) -> None:
         """Ends everything that the run started, now if it still goes on, and waits. Idempotent."""

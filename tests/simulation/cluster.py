@@ -1,7 +1,7 @@
 """A simulated run with random faults: `simulate(seed)` returns what happened or raises what went wrong.
 
-The cluster plays the part of the host port: it starts watchers, trainers and coordinators, and starts them again
-when they are gone. Faults come at random for some time; then everything is healed and the run has to end.
+The cluster plays the part of the host port: it starts watchers, trainers and coordinators, and starts them
+again when they are gone. Faults come at random for some time; then everything is healed and the run has to end.
 """
 
 from __future__ import annotations
@@ -107,7 +107,9 @@ class Cluster:
         elif seat.trainer is None or seat.trainer.dead:
             seat.trainers += 1
             name = f"rank-{seat.slot}.{seat.trainers}"
-            seat.trainer = Trainer(self.world, name, seat.home.name, seat.slot, self.job, self.referee, self._find)
+            seat.trainer = Trainer(
+                self.world, name, seat.home.name, seat.slot, self.job, self.referee, self._find
+            )
             seat.local.append(seat.trainer)
             self.world.log("%s starts", name)
 
@@ -225,7 +227,9 @@ class Cluster:
 
     def _cut(self, a: str, b: str) -> None:
         self.world.cut(a, b)
-        self._later(self.rng.choice([0.2, 1.0, 3.0]) * self.rng.uniform(0.5, 1.0), lambda: self.world.heal(a, b))
+        self._later(
+            self.rng.choice([0.2, 1.0, 3.0]) * self.rng.uniform(0.5, 1.0), lambda: self.world.heal(a, b)
+        )
 
     def _break_stream(self) -> None:
         trainer = self._any_trainer()
@@ -254,5 +258,10 @@ def simulate(seed: int) -> Outcome:
         raise Failed(f"seed {seed} failed: {kind}{error}\n{cluster.world.log_text()}") from error
     referee = cluster.referee
     return Outcome(
-        seed, cluster.world.now, cluster.world.events, cluster.faults, referee.acting.number, referee.acting.epoch
+        seed,
+        cluster.world.now,
+        cluster.world.events,
+        cluster.faults,
+        referee.acting.number,
+        referee.acting.epoch,
     )

@@ -7,18 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
-from simulation.referee import Referee
-from simulation.state import ALL, CHECKPOINT, Memory, index_of
-from simulation.world import Connection, Process, World
 
 from everstep.collectives import membership as m
+from everstep.collectives import messages as wire
 from everstep.collectives.messages import (
     CoordinatorMessage,
     Excluded,
     Go,
     NewView,
     Order,
-    Prepare,
     ToMembers,
     Verdict,
     View,
@@ -26,9 +23,11 @@ from everstep.collectives.messages import (
     Watching,
     decode_member,
 )
-from everstep.collectives import messages as wire
 from everstep.platform.training import messages as training
 from everstep.platform.training import recovery
+from simulation.referee import Referee
+from simulation.state import ALL, CHECKPOINT, Memory, index_of
+from simulation.world import Connection, Process, World
 
 TICK_S = 0.25
 FROZEN_S = 1.0  # without a word from a watcher, it is lost
@@ -172,7 +171,9 @@ class Coordinator(Process):
             if isinstance(event, m.MemberDied) and event.name in self.state.ready:
                 self.referee.declared_dead(self.epoch, event.name)
             phase, before = self.state.phase, self.world.now - PATIENCE_S
-            self._gave_up = isinstance(phase, m.Gathering) and bool(self.state.missing) and phase.since < before
+            self._gave_up = (
+                isinstance(phase, m.Gathering) and bool(self.state.missing) and phase.since < before
+            )
             self.state, commands, reason = m.decide(self.state, event, self.world.now)
             if not isinstance(event, m.Tick) or commands:
                 self.world.log("%s: %s", self.name, reason)
@@ -232,7 +233,9 @@ class Coordinator(Process):
             outcome = "finished"
             values: Memory = {}
             for vote in votes.values():
-                values |= msgspec.msgpack.decode(bytes.fromhex(vote.hash_lines[0]), type=dict[int, tuple[int, int]])
+                values |= msgspec.msgpack.decode(
+                    bytes.fromhex(vote.hash_lines[0]), type=dict[int, tuple[int, int]]
+                )
             self.referee.whole(values)
         payload = _pack(training.Verdict(outcome, protected_step=protected, last=step >= last))
         self.referee.judged(view.id, step, payload, set(votes), protected)

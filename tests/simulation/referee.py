@@ -1,7 +1,7 @@
 """What must hold at every event, whatever happens. Sees everything; nobody in the simulation asks it.
 
-1. At most one view of the highest epoch acts: once a newer view has been told to go, no member applies a verdict
-   of an older one that was decided later.
+1. At most one view of the highest epoch acts: once a newer view has been told to go, no member applies a
+   verdict of an older one that was decided later.
 2. No step is committed by part of a view: every member that applies a step has its verdict, and all the same.
 3. State that is applied, sealed, restored or handed in at the end equals the reference, unit by unit.
 4. A protected step is recoverable unless the memory of all (ZeRO 0) or any (else) of those that sealed it was
@@ -15,10 +15,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from everstep.collectives.messages import ViewId
 from simulation.state import ALL, Value, verified
 from simulation.world import World
-
-from everstep.collectives.messages import ViewId
 
 STUCK_S = 20.0  # four times the patience of the simulated coordinators
 
@@ -123,7 +122,9 @@ class Referee:
         if verdict[0] != payload:
             self.fail(f"{name} applies another verdict on step {step} of view {view} than others")
         if view < self.acting and verdict[1] > self.acting_since:
-            self.fail(f"{name} applies step {step} of view {view}, which was decided after view {self.acting} went")
+            self.fail(
+                f"{name} applies step {step} of view {view}, which was decided after view {self.acting} went"
+            )
 
     def holds(self, name: str, what: str, values: Mapping[int, Value], step: int) -> None:
         wrong = verified(values, step)

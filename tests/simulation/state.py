@@ -56,7 +56,9 @@ def runs_of(units: Iterable[int]) -> tuple[Run, ...]:
 
 def index_of(step: int, units: Iterable[int], source: Source) -> StateIndex:
     """Lists every tensor of the state, whether `units` touch it or not."""
-    fragments = tuple(Fragment(_PLACES[u][0], "param", _PLACES[u][1], _PLACES[u][1] + 1, source, 4 * u) for u in units)
+    fragments = tuple(
+        Fragment(_PLACES[u][0], "param", _PLACES[u][1], _PLACES[u][1] + 1, source, 4 * u) for u in units
+    )
     return StateIndex(step, TENSORS, fragments)
 
 
@@ -99,4 +101,8 @@ class Host:
 
 def verified(values: Mapping[int, Value], step: int) -> list[str]:
     """What is wrong with `values` as the state after `step`."""
-    return [f"unit {u} holds {v}, not {reference(step, u)}" for u, v in sorted(values.items()) if v != reference(step, u)]
+    return [
+        f"unit {u} holds {v}, not {reference(step, u)}"
+        for u, v in sorted(values.items())
+        if v != reference(step, u)
+    ]

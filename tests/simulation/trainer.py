@@ -7,18 +7,29 @@ from collections.abc import Callable
 from typing import Any
 
 import msgspec
-from simulation import watcher as w
-from simulation.coordinator import Job
-from simulation.referee import Referee
-from simulation.state import ALL, CHECKPOINT, UNITS, Memory, advance, index_of, reference, runs_of
-from simulation.state import units_between, units_of, wants_of
-from simulation.world import Connection, Process, World
 
 from everstep.collectives import messages as wire
 from everstep.collectives.messages import Go, Member, NewView, Prepare, Verdict, View, ViewId
 from everstep.platform.training import messages as training
 from everstep.storage.index import Source
 from everstep.storage.planner import Copy, Want, plan
+from simulation import watcher as w
+from simulation.coordinator import Job
+from simulation.referee import Referee
+from simulation.state import (
+    ALL,
+    CHECKPOINT,
+    UNITS,
+    Memory,
+    advance,
+    index_of,
+    reference,
+    runs_of,
+    units_between,
+    units_of,
+    wants_of,
+)
+from simulation.world import Connection, Process, World
 
 TORN = -1
 _pack = msgspec.msgpack.encode
@@ -35,7 +46,14 @@ class Exchange(msgspec.Struct, frozen=True):
 
 class Trainer(Process):
     def __init__(
-        self, world: World, name: str, host: str, slot: int, job: Job, referee: Referee, find: Callable[[str], Process | None]
+        self,
+        world: World,
+        name: str,
+        host: str,
+        slot: int,
+        job: Job,
+        referee: Referee,
+        find: Callable[[str], Process | None],
     ) -> None:
         """`find` resolves an address: a trainer's name, or a domain for its watcher."""
         super().__init__(world, name, host)
@@ -225,12 +243,15 @@ class Trainer(Process):
         return 0 if source.holder == self.name else 2
 
     def _mine(self) -> list[int]:
-        assert self._view is not None and self._plan is not None
+        assert self._view is not None
+        assert self._plan is not None
         return list(ALL) if self.job.replicated else units_of(self._plan.owned[self._view.rank_of(self.name)])
 
     def _serve(self, connection: Connection, ask: w.Fetch) -> None:
         if ask.view != self._highest or self.stamp != ask.step or not set(ask.units) <= set(self.memory):
-            connection.send(self, w.Fetched(ask.view, {}, f"{self.name} holds step {self.stamp}, not {ask.step}"))
+            connection.send(
+                self, w.Fetched(ask.view, {}, f"{self.name} holds step {self.stamp}, not {ask.step}")
+            )
         else:
             connection.send(self, w.Fetched(ask.view, {u: self.memory[u] for u in ask.units}))
 
@@ -292,13 +313,24 @@ class Trainer(Process):
         if not self._active or not self._computed or self._voted or self._view is None:
             return
         others = {member.name for member in self._view.members} - {self.name}
-        if self._sealed != self._due or self._reserving or self._writing or not self._heard.get((self._view.id, self._step), set()) >= others:
+        if (
+            self._sealed != self._due
+            or self._reserving
+            or self._writing
+            or not self._heard.get((self._view.id, self._step), set()) >= others
+        ):
             return
         self._heard.pop((self._view.id, self._step), None)
         self._voted = True
         kind = {1: "seal", 2: "hash"}.get(self._step - self.job.steps, "step")
         lines = (_pack(self.memory).hex(),) if kind == "hash" else ()
-        self._say(wire.Vote(self._view.id, self._step, _pack(training.Vote(kind, sealed_step=self._sealed, hash_lines=lines))))
+        self._say(
+            wire.Vote(
+                self._view.id,
+                self._step,
+                _pack(training.Vote(kind, sealed_step=self._sealed, hash_lines=lines)),
+            )
+        )
 
     def _verdict(self, verdict: Verdict) -> None:
         view = self._view
@@ -341,7 +373,8 @@ class Trainer(Process):
     # ---- snapshots --------------------------------------------------------------------------------------
 
     def _snapshot(self, label: ViewId | None) -> None:
-        assert label is not None and self.stamp != TORN
+        assert label is not None
+        assert self.stamp != TORN
         self._reserving = True
         self._tell(w.Reserve(label, self.stamp))
 
@@ -351,7 +384,7 @@ class Trainer(Process):
             self._sealed = self.stamp
             self._keep_promise()
             return
-        assert slot.step == self.stamp and slot.view == self._label, "nothing changes before the slot is there"
+        assert (slot.step, slot.view) == (self.stamp, self._label), "nothing changes before the slot is there"
         self._writing = (slot.view, slot.step, slot.index)
         slot.segment.seal = None
         slot.segment.values = {}

@@ -1,5 +1,8 @@
-"""The simulated shell of a domain's watcher, which is its snapshot manager too: it judges and fences the local
-trainer, relays its messages, keeps its segments with the real slot machine, and serves them to others."""
+"""The simulated shell of a domain's watcher, which is its snapshot manager too.
+
+It judges and fences the local trainer, relays its messages, keeps its segments with the real slot machine, and
+serves them to others.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +10,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
-from simulation.coordinator import FROZEN_S, Coordinator, Directory
-from simulation.state import Cut, Host, Memory, Segment, index_of
-from simulation.world import Connection, Process, World
 
 from everstep.collectives import messages as wire
 from everstep.collectives.messages import CoordinatorMessage, Prepare, ToMembers, ViewId
 from everstep.platform.training import messages as training
 from everstep.storage.index import Source
 from everstep.storage.versions import Slots, Version
+from simulation.coordinator import FROZEN_S, Coordinator, Directory
+from simulation.state import Cut, Host, Memory, Segment, index_of
+from simulation.world import Connection, Process, World
 
 LOOK_S = 0.1  # at the local trainer's /proc state
 DIRECTORY_S = 0.4  # between looks for a newer coordinator
@@ -100,7 +103,9 @@ class Owed:
 
 
 class Watcher(Process):
-    def __init__(self, world: World, name: str, home: Host, directory: Directory, locals_: list[Process]) -> None:
+    def __init__(
+        self, world: World, name: str, home: Host, directory: Directory, locals_: list[Process]
+    ) -> None:
         """`locals_`: the trainers that run, or ran, on this host, as the system knows them."""
         super().__init__(world, name, home.name)
         self.home = home
@@ -118,7 +123,10 @@ class Watcher(Process):
         for trainer in locals_:  # of my predecessor: nobody relays for them any more
             trainer.die("its watcher was replaced")
         for cut in home.cuts:
-            versions = [Version(s.seal[0], tuple(msgspec.structs.astuple(s.seal[1]))) if s.seal else None for s in cut.segments]
+            versions = [
+                Version(s.seal[0], tuple(msgspec.structs.astuple(s.seal[1]))) if s.seal else None
+                for s in cut.segments
+            ]
             cut.slots = Slots.adopt(versions)
         self._look()
         self._find_coordinator()

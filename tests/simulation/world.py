@@ -1,9 +1,9 @@
 """Virtual time: an event queue, processes that freeze and die, and connections with TCP's promises.
 
-`World` owns the clock, the only source of randomness, the log and the network. A `Process` handles one event at
-a time; while it is frozen (SIGSTOP) its mailbox fills, and is emptied in order when it wakes up. A `Connection`
-delivers in order or not at all: messages get lost only when one of its ends closes or dies. Everything runs in
-one thread.
+`World` owns the clock, the only source of randomness, the log and the network. A `Process` handles one event
+at a time; while it is frozen (SIGSTOP) its mailbox fills, and is emptied in order when it wakes up. A
+`Connection` delivers in order or not at all: messages get lost only when one of its ends closes or dies.
+Everything runs in one thread.
 """
 
 from __future__ import annotations

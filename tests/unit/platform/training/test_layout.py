@@ -29,7 +29,9 @@ def elements(runs: tuple[Run, ...]) -> set[int]:
 
 
 def test_every_tensor_starts_at_64_bytes_in_registration_order() -> None:
-    layout = FlatLayout.of([("w", (3, 5), False), ("b", (), True), ("v", (16,), False)], [("running_mean", (4,))])
+    layout = FlatLayout.of(
+        [("w", (3, 5), False), ("b", (), True), ("v", (16,), False)], [("running_mean", (4,))]
+    )
     assert [(t.name, t.start, t.numel) for t in layout.tensors] == [
         ("w", 0, 15),
         ("b", 16, 1),
@@ -73,7 +75,9 @@ def test_units_cover_the_flat_space_once_and_are_aligned(shapes: list[tuple[int,
 
 @settings(max_examples=100, deadline=None)
 @given(SHAPES, st.data())
-def test_pieces_of_any_units_are_their_elements_without_the_padding(shapes: list[tuple[int, bool]], data: st.DataObject) -> None:
+def test_pieces_of_any_units_are_their_elements_without_the_padding(
+    shapes: list[tuple[int, bool]], data: st.DataObject
+) -> None:
     layout = layout_of(shapes)
     chosen = data.draw(st.lists(st.sampled_from(layout.units), unique=True) if layout.units else st.just([]))
     pieces = layout.pieces(chosen)

@@ -115,7 +115,9 @@ def test_memory_that_is_newer_than_the_checkpoint_is_preferred() -> None:
     assert (choice.base_step, choice.from_checkpoint) == (6, False)
 
 
-@pytest.mark.parametrize(("inventory", "why"), [(torn(), "the run starts"), (live("r0", 3, (0, 4)), "no step is covered")])
+@pytest.mark.parametrize(
+    ("inventory", "why"), [(torn(), "the run starts"), (live("r0", 3, (0, 4)), "no step is covered")]
+)
 def test_a_run_from_the_seed_can_always_start_again(inventory: Inventory, why: str) -> None:
     choice = choice_of({"r0": inventory}, initial_step=0)
     assert (choice.base_step, choice.have, choice.from_checkpoint) == (0, None, False)
@@ -134,5 +136,7 @@ def test_lost_names_what_is_missing_at_each_step() -> None:
 def test_the_choice_does_not_depend_on_the_order_of_answers() -> None:
     inventories = {"r0": live("r0", 7, (0, 4)), "r1": live("r1", 7, (4, 8), b=True)}
     stocks = {"d0": Stock((sealed("d0", 6, (0, 4)),)), "d1": Stock((sealed("d1", 6, (4, 8), b=True),))}
-    backwards = choose(["r0", "r1"], dict(reversed(inventories.items())), dict(reversed(stocks.items())), None, 5)
+    backwards = choose(
+        ["r0", "r1"], dict(reversed(inventories.items())), dict(reversed(stocks.items())), None, 5
+    )
     assert backwards == choose(["r0", "r1"], inventories, stocks, None, 5)
