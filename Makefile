@@ -29,7 +29,7 @@ type: $(READY)
 	$(BIN)/mypy
 
 sim: $(READY)
-	EVERSTEP_SIM_SEEDS=$(SEEDS) $(BIN)/pytest -q --timeout=0 tests/simulation
+	EVERSTEP_SEEDS=$(SEEDS) $(BIN)/pytest -q --timeout=0 tests/simulation
 
 chaos: $(READY)
 	$(BIN)/pytest -q tests/chaos

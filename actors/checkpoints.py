@@ -17,6 +17,7 @@ from pathlib import Path
 import msgspec
 
 from everstep.actors.config import Saved
+from everstep.actors.journal import Journal
 from everstep.platform.job.spec import JobSpec
 from everstep.storage.errors import StorageError
 from everstep.storage.manifest import CheckpointName, commit, names, new_folder, run_folder
@@ -55,6 +56,7 @@ class CheckpointDesk:
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="manifest")
         self._pending: list[Future[None]] = []
         self.trusted: set[str] = set()
+        self.urls: list[str] = []  # finished by this execution, oldest first
 
     def begin(self, step: int, files: int, progress: dict[str, int]) -> str:
         """A new folder for `step`, to be filled by `files` ranks; "" (and on_done) when storage refuses."""
@@ -86,6 +88,15 @@ class CheckpointDesk:
             if entry.step > base_step:
                 del self._open[folder]
                 self._on_done(folder, entry.step, "its view ended before every rank had sealed it")
+
+    def note(self, journal: Journal, folder: str, step: int, error: str) -> None:
+        """Books what `on_done` told; called by the loop."""
+        if error:
+            text = f"the checkpoint of step {step} failed: {error}"
+            journal.add("finding", text, {"syndrome": "checkpoint", "step": step, "error": error})
+        else:
+            self.urls.append(folder)
+            journal.add("checkpoint", f"checkpoint of step {step}: {folder}", {"step": step, "checkpoint": folder})
 
     @property
     def busy(self) -> bool:

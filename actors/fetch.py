@@ -136,7 +136,9 @@ def fetch_local(path: str, copies: Sequence[tuple[Copy, memoryview]]) -> None:
 def check(copy: Copy, buffer: memoryview) -> None:
     for start, stop, checksum in copy.whole_fragments():
         if xxhash.xxh3_64_intdigest(buffer[start:stop]) != checksum:
-            raise SegmentDamaged(f"{copy.name}/{copy.kind}[{copy.start}:{copy.stop}] from {copy.source.locator} has a wrong checksum")
+            raise SegmentDamaged(
+                f"{copy.name}/{copy.kind}[{copy.start}:{copy.stop}] from {copy.source.locator} has a wrong checksum"
+            )
 
 
 def _read_into(connection: socket.socket, view: memoryview) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from everstep.platform.job.result import Finding
+from everstep.platform.job.result import Finding, Recovery
 from everstep.platform.job.status import Event
 from everstep.platform.training.messages import Verdict, Vote
 
@@ -36,7 +36,20 @@ class Journal:
             self._next += 1
             self.last_text = text
             if kind == "finding":
-                self.findings.append(Finding(syndrome=str(data.get("syndrome", "unknown")), first_step=int(data.get("step", 0)), evidence=text))
+                self.findings.append(
+                    Finding(
+                        syndrome=str(data.get("syndrome", "unknown")),
+                        first_step=int(data.get("step", 0)),
+                        evidence=text,
+                    )
+                )
+
+    def recovered(self, recovery: Recovery) -> None:
+        text = (
+            f"recovered from {recovery.cause}: detected after {recovery.detect_ms:.0f} ms, next step committed "
+            f"after {recovery.resume_ms:.0f} ms, {recovery.steps_lost} steps lost"
+        )
+        self.add("recovered", text, msgspec.to_builtins(recovery))
 
     def after(self, ident: int) -> list[Event]:
         with self._lock:

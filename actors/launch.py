@@ -1,7 +1,7 @@
 """Starts a run on one of the hosts, and hands back what steers it.
 
-    processes   the supervisor runs in this process; managers and ranks are its children through a zygote
-    ray         an embedded local Ray or a cluster; supervisor, managers and ranks are detached, named actors
+processes   the supervisor runs in this process; managers and ranks are its children through a zygote
+ray         an embedded local Ray or a cluster; supervisor, managers and ranks are detached, named actors
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from typing import Any
 from everstep.actors.checkpoints import epoch_of
 from everstep.actors.host import OnExit
 from everstep.actors.process_host import ProcessHost
+from everstep.actors.run_config import RunConfig
 from everstep.actors.run_folder import RunFolder
-from everstep.actors.supervisor import RunConfig, Supervisor
+from everstep.actors.supervisor import Supervisor
 from everstep.platform.cluster.desk import Resume
 from everstep.platform.job.check import check
 from everstep.platform.job.client import RunHandle
@@ -32,7 +33,21 @@ log = logging.getLogger(__name__)
 
 # May change from one execution of a run to the next; everything else decides about the bits.
 _FREE_FIELDS = frozenset(
-    {"steps", "ranks", "layout", "faults", "resources", "runtime_env", "snapshot", "checkpoint", "limits", "timeouts", "log", "data", "eval"}
+    {
+        "steps",
+        "ranks",
+        "layout",
+        "faults",
+        "resources",
+        "runtime_env",
+        "snapshot",
+        "checkpoint",
+        "limits",
+        "timeouts",
+        "log",
+        "data",
+        "eval",
+    }
 )
 
 
@@ -62,16 +77,24 @@ def _check_unchanged(spec: JobSpec, manifest: Manifest) -> None:
         if before.get(field) != after.get(field):
             problems.append(
                 Problem(
-                    field=field, value=after.get(field), allowed=f"{before.get(field)!r}, as in the checkpoint of step {manifest.step}",
-                    fix="change it back, start a new run (--set run=NAME), or start over (--set checkpoint.resume=never)",
-                )  # fmt: skip
+                    field=field,
+                    value=after.get(field),
+                    allowed=f"{before.get(field)!r}, as in the checkpoint of step {manifest.step}",
+                    fix="change it back, or start a new run: --set run=NAME, or --set checkpoint.resume=never",
+                )
             )
     if problems:
         raise SpecError(problems)
 
 
 def launch(
-    spec: JobSpec, *, spec_dir: Path, host: str, address: str | None, facts: TaskFacts, registration: Registration
+    spec: JobSpec,
+    *,
+    spec_dir: Path,
+    host: str,
+    address: str | None,
+    facts: TaskFacts,
+    registration: Registration,
 ) -> RunHandle:
     """Starts the run; returns at once. Raises SpecError for what only the storage can tell."""
     resume, epoch = resume_point(spec, spec_dir)

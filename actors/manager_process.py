@@ -17,7 +17,15 @@ from pathlib import Path
 
 import msgspec
 
-from everstep.actors.config import ManagerConfig, Saved, SaveSegment, SlotsGiven, SlotsWanted, Wake, interface_towards
+from everstep.actors.config import (
+    ManagerConfig,
+    Saved,
+    SaveSegment,
+    SlotsGiven,
+    SlotsWanted,
+    Wake,
+    interface_towards,
+)
 from everstep.actors.fetch import FetchServer
 from everstep.actors.liveness import Judge
 from everstep.actors.run_folder import RunFolder
@@ -49,7 +57,7 @@ class Manager:
         self._prepare: m.Prepare | None = None
         self._wakes: dict[str, float] = {}
         self._writing: set[str] = set()  # paths that a checkpoint is being written from
-        self._released = 0  # segments of views below this number are garbage
+        self._released = m.ViewId(0, 0)  # segments of views below this one are garbage
         self._saving: set[threading.Thread] = set()
         self._done = threading.Event()
         self._folder = Path(config.run_folder) / config.domain
@@ -96,7 +104,7 @@ class Manager:
 
     def _on_order(self, order: m.Order) -> None:
         if order.kind == "release":
-            self._release(msgspec.msgpack.decode(order.payload, type=int))
+            self._release(msgspec.msgpack.decode(order.payload, type=m.ViewId))
         elif order.kind == "wake":
             wake = msgspec.msgpack.decode(order.payload, type=Wake)
             self._wakes[wake.name] = wake.wake_s
@@ -224,12 +232,12 @@ class Manager:
         known = "/" not in locator and locator.endswith(".seg") and path.is_file()
         return str(path) if known else None
 
-    def _release(self, number: int) -> None:
-        """The view `number` is protected: segments of older layouts serve nobody any more."""
-        self._released = max(self._released, number)
+    def _release(self, view: m.ViewId) -> None:
+        """`view` is protected: segments of older layouts serve nobody any more."""
+        self._released = max(self._released, view)
         for path in self._folder.glob("*.view-*.seg"):
-            view = int(path.name.rsplit(".view-", 1)[1].split(".")[0].split("-")[1])
-            if view < number and str(path) not in self._writing:
+            epoch, number = path.name.rsplit(".view-", 1)[1].split(".")[0].split("-")
+            if m.ViewId(int(epoch), int(number)) < view and str(path) not in self._writing:
                 path.unlink(missing_ok=True)
 
     # ---- checkpoints ------------------------------------------------------------------------------------

@@ -13,7 +13,14 @@ from pathlib import Path
 
 import msgspec
 
-from everstep.actors.config import FaultReached, RankConfig, SaveSegment, SlotsGiven, SlotsWanted, interface_towards
+from everstep.actors.config import (
+    FaultReached,
+    RankConfig,
+    SaveSegment,
+    SlotsGiven,
+    SlotsWanted,
+    interface_towards,
+)
 from everstep.actors.fetch import fetch, fetch_local
 from everstep.collectives import messages as m
 from everstep.collectives.control import ControlClient
@@ -22,7 +29,7 @@ from everstep.collectives.transport.tcp import Listener, Mesh
 from everstep.platform.faults.strike import strike
 from everstep.platform.training.conductor import RunOver, Seat
 from everstep.platform.training.messages import Inventory, LiveFault, Verdict, ViewPlan, Vote
-from everstep.platform.training.shard import RankState
+from everstep.platform.training.shard import RankState, bytes_of
 from everstep.storage.checkpoint import Checkpoint
 from everstep.storage.errors import SegmentError, StorageError
 from everstep.storage.planner import Copy
@@ -70,7 +77,12 @@ class RankConductor:
     def join(self, fingerprint: dict[str, str]) -> None:
         """This rank is ready: from now on it is watched, and may be taken into a view."""
         member = m.Member(
-            self.name, self._config.slot, self._config.domain, self._listener.address, self._config.fetch, self._pid
+            self.name,
+            self._config.slot,
+            self._config.domain,
+            self._listener.address,
+            self._config.fetch,
+            self._pid,
         )
         self._send(m.Join(member, fingerprint))
 
@@ -181,9 +193,11 @@ class RankConductor:
         writer = Writer(self._maps[index])
         writer.begin()
         for meta in state.metas():
+            # Every index lists the whole state's tensors: one that only a lost domain holds would otherwise be in
+            # nobody's index, and its step would wrongly count as covered.
             writer.put(meta, 0, 0, b"")
         for place in state.places():
-            writer.put(place.meta, place.start, place.stop, memoryview(place.tensor.numpy()))
+            writer.put(place.meta, place.start, place.stop, bytes_of(place.tensor))
         before_seal()
         writer.seal(*self._label, step)
         self._slots = self._slots.sealed(index, step)
@@ -210,7 +224,9 @@ class RankConductor:
                     return index
                 self._check_ended()
                 if not self._condition.wait(max(0.0, deadline - time.monotonic())):
-                    raise CollectiveTimeout(f"{self.name}: snapshot of step {step}: {why} for {self._stall_s:g} s (timeouts.stall_s)")
+                    raise CollectiveTimeout(
+                        f"{self.name}: snapshot of step {step}: {why} for {self._stall_s:g} s (timeouts.stall_s)"
+                    )
 
     def _take_slots(self, state: RankState) -> None:
         """Segments for this view's layout; the old ones stay with the manager until these are protected."""
@@ -220,7 +236,11 @@ class RankConductor:
             self._given = None
         self.note("slots", msgspec.msgpack.encode(wanted))
         with self._condition:
-            self._wait(lambda: self._given is not None and self._given.label == wanted.label, "segments", heed_view=False)
+            self._wait(
+                lambda: self._given is not None and self._given.label == wanted.label,
+                "segments",
+                heed_view=False,
+            )
             given = self._given
         assert given is not None
         if given.error:
@@ -327,7 +347,9 @@ class RankConductor:
         self._acting = view
         self._label = (view.id.epoch, view.id.number)
         self._faults = list(plan.faults)
-        self._seat = Seat(str(view.id), rank, view.base_step, plan, mesh, tuple(member.name for member in view.members))
+        self._seat = Seat(
+            str(view.id), rank, view.base_step, plan, mesh, tuple(member.name for member in view.members)
+        )
         return self._seat
 
     def _on_broken(self, peer: int, error: str) -> None:

@@ -60,5 +60,3 @@ def main(config: bytes) -> None:
         conductor.close()
         sys.exit(1)
     conductor.close()
-
-

@@ -143,9 +143,7 @@ class EmbeddedRay:
         """
         daemons = [(pid, started) for pid, started in self._daemons if start_time(pid) == started]
         # By descent, for those that paint their title over their environment; by mark, for orphans.
-        return sorted(
-            {*daemons, *_descendants([pid for pid, _ in daemons]), *marked_processes(_mark(self.folder))}
-        )
+        return sorted({*daemons, *_descendants([pid for pid, _ in daemons]), *marked_processes(_mark(self.folder))})
 
     def close(self) -> None:
         """Ends Ray, frozen actors included, and removes its folder; about 0.5 s; idempotent."""
@@ -191,9 +189,7 @@ def connect(address: str, runtime_env: Mapping[str, Any] | None = None) -> Conne
     RuntimeError where this process is connected already, ConnectionError where there is no cluster.
     """
     if address.startswith("ray://"):
-        raise ValueError(
-            f"address {address!r}: want HOST:PORT of the cluster's head, not Ray Client's ray://"
-        )
+        raise ValueError(f"address {address!r}: want HOST:PORT of the cluster's head, not Ray Client's ray://")
     if ray.is_initialized():
         raise RuntimeError("this process is already connected to a Ray; close that connection first")
     if _raylet.AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True):

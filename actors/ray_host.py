@@ -142,9 +142,7 @@ class RayHost:
         actor_class: Any = ray.remote(_CLASSES.get(role, TrainerRank))
         try:
             handle: Any = actor_class.options(**self._options(role, name, slot)).remote(name, self._home)
-        except (
-            Exception
-        ) as error:  # its name is taken by an actor of another execution, or Ray is out of reach
+        except Exception as error:  # its name is taken by an actor of another execution, or Ray is out of reach
             failed: Future[Any] = Future()
             failed.set_exception(error)
             self._events.put(_Event("failed", name, failed))

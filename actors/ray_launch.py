@@ -27,6 +27,7 @@ from everstep.platform.job.spec import JobSpec
 from everstep.platform.job.status import Event, Status
 
 log = logging.getLogger(__name__)
+_util: Any = ray.util  # untyped
 
 
 def launch_ray(
@@ -40,7 +41,13 @@ class _RayRun:
     """Implements `RunHandle`; the supervisor is a detached actor."""
 
     def __init__(
-        self, spec: JobSpec, spec_dir: Path, address: str | None, resume: Resume, epoch: int, registration: Registration
+        self,
+        spec: JobSpec,
+        spec_dir: Path,
+        address: str | None,
+        resume: Resume,
+        epoch: int,
+        registration: Registration,
     ) -> None:
         self._folder = RunFolder(f"{spec.name}-{secrets.token_hex(4)}")
         self._folder.create()
@@ -62,7 +69,7 @@ class _RayRun:
             else:
                 runtime_env, actors_dir = _shipped(runtime_env, spec_dir)
                 self._ray = connect(address, runtime_env or None)
-                bind = ray.util.get_node_ip_address()
+                bind = str(_util.get_node_ip_address())
             config = SupervisorConfig(
                 spec.to_dict(), actors_dir, self._folder.runid, str(self._folder.path), registration.token, epoch,
                 resume.folder, resume.nonfinite_in_a_row, str(registration.metrics) if "jsonl" in spec.log else "",

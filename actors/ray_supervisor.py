@@ -121,13 +121,9 @@ def start_supervisor(
         actor_class: Any = ray.remote(Supervisor)
         handle: Any = actor_class.options(**options).remote("supervisor", home)
     except ValueError as error:
-        raise RunExists(
-            f"run {run!r} has a live supervisor on this cluster; stop it or name this run"
-        ) from error
+        raise RunExists(f"run {run!r} has a live supervisor on this cluster; stop it or name this run") from error
     try:
-        where, address = ray.get(
-            [handle.whereabouts.remote(), handle.serve.remote(entry, config)], timeout=timeout_s
-        )
+        where, address = ray.get([handle.whereabouts.remote(), handle.serve.remote(entry, config)], timeout=timeout_s)
     except RayTaskError as error:
         ray.kill(handle, no_restart=True)
         raise SupervisorFailed(f"the supervisor of run {run!r} failed to start:\n{error}") from error

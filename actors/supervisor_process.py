@@ -12,8 +12,9 @@ import msgspec
 
 from everstep.actors.host import OnExit
 from everstep.actors.ray_host import RankResources, RayHost
+from everstep.actors.run_config import RunConfig
 from everstep.actors.run_folder import RunFolder
-from everstep.actors.supervisor import RunConfig, Supervisor
+from everstep.actors.supervisor import Supervisor
 from everstep.platform.cluster.desk import Resume
 from everstep.platform.job.spec import JobSpec
 from everstep.storage.checkpoint import Checkpoint
@@ -50,9 +51,18 @@ def main(config: bytes) -> str:
     folder = RunFolder.at(Path(c.run_folder))
     index = Checkpoint.open(c.checkpoint).index if c.checkpoint else None
     run_config = RunConfig(
-        spec, Path(c.spec_dir), c.run_id, folder.path, c.token, c.epoch, Resume(c.checkpoint, index, c.nonfinite_in_a_row),
-        Path(c.metrics) if c.metrics else None, "ray", c.bind, c.embedded,
-    )  # fmt: skip
+        spec,
+        Path(c.spec_dir),
+        c.run_id,
+        folder.path,
+        c.token,
+        c.epoch,
+        Resume(c.checkpoint, index, c.nonfinite_in_a_row),
+        Path(c.metrics) if c.metrics else None,
+        "ray",
+        c.bind,
+        c.embedded,
+    )
     resources = spec.resources
     wanted = RankResources(
         resources.cpus, resources.gpus, resources.memory, dict(resources.custom), dict(resources.labels)
@@ -60,7 +70,12 @@ def main(config: bytes) -> str:
 
     def make_host(on_exit: OnExit) -> RayHost:
         return RayHost(
-            on_exit, run=c.run_id, log_dir=Path(c.log_dir), resources=wanted, runtime_env=c.runtime_env or None, run_folder=folder
+            on_exit,
+            run=c.run_id,
+            log_dir=Path(c.log_dir),
+            resources=wanted,
+            runtime_env=c.runtime_env or None,
+            run_folder=folder,
         )
 
     supervisor = Supervisor(run_config, make_host)

@@ -20,6 +20,7 @@ from everstep.collectives.errors import CoordinatorLost, HandshakeRefused
 from everstep.collectives.handshake import NONCE_BYTES, PROTOCOL_VERSION, new_nonce, proof, proof_matches
 from everstep.collectives.messages import MAX_MESSAGE_BYTES
 
+_grpc: Any = grpc  # plain bytes go over the wire: no serializers, which the stubs insist on
 _METHOD = "/everstep.Control/Stream"
 _CALL = "/everstep.Control/Call"
 _OPTIONS = [
@@ -103,7 +104,8 @@ class ControlServer:
             nonce = new_nonce()
             if hello.version != PROTOCOL_VERSION or len(hello.nonce) != NONCE_BYTES:
                 context.abort(
-                    grpc.StatusCode.FAILED_PRECONDITION, f"protocol version {hello.version}, this side speaks {PROTOCOL_VERSION}"
+                    grpc.StatusCode.FAILED_PRECONDITION,
+                    f"protocol version {hello.version}, this side speaks {PROTOCOL_VERSION}",
                 )
             yield _pack(_Answer(nonce, proof(self._token, "server", hello.nonce, nonce)))
             answer = msgspec.msgpack.decode(next(requests), type=_Answer)
@@ -114,7 +116,9 @@ class ControlServer:
         peer = Peer(next(self._idents))
         with self._lock:
             self._peers[peer.ident] = peer
-        reader = threading.Thread(target=self._read, args=(peer, requests), name=f"control-read-{peer.ident}", daemon=True)
+        reader = threading.Thread(
+            target=self._read, args=(peer, requests), name=f"control-read-{peer.ident}", daemon=True
+        )
         reader.start()
         try:
             yield b""  # accepted
@@ -146,7 +150,7 @@ class ControlServer:
         return self._on_call(data)
 
 
-class _Handler(grpc.GenericRpcHandler):  # type: ignore[misc]
+class _Handler(_grpc.GenericRpcHandler):  # type: ignore[misc]  # the stubs know no handler of plain bytes
     def __init__(self, server: ControlServer) -> None:
         self._server = server
 
@@ -174,7 +178,7 @@ class ControlClient:
         self._on_close = on_close
         self._out: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._closed = False
-        self._channel = grpc.insecure_channel(address, options=_OPTIONS)
+        self._channel: Any = _grpc.insecure_channel(address, options=_OPTIONS)
         try:
             grpc.channel_ready_future(self._channel).result(timeout_s)
         except grpc.FutureTimeoutError:
@@ -226,10 +230,12 @@ class ControlClient:
 def call(address: str, token: str, data: bytes, timeout_s: float = 10.0) -> bytes:
     """One unary call. Raises HandshakeRefused (wrong token) or CoordinatorLost (nobody there)."""
     nonce = new_nonce()
-    with grpc.insecure_channel(address, options=_OPTIONS) as channel:
+    with _grpc.insecure_channel(address, options=_OPTIONS) as channel:
         try:
             reply: bytes = channel.unary_unary(_CALL)(
-                data, timeout=timeout_s, metadata=[("nonce-bin", nonce), ("proof-bin", proof(token, "call", nonce, data))]
+                data,
+                timeout=timeout_s,
+                metadata=[("nonce-bin", nonce), ("proof-bin", proof(token, "call", nonce, data))],
             )
         except grpc.RpcError as error:
             if error.code() == grpc.StatusCode.UNAUTHENTICATED:

@@ -1,12 +1,12 @@
 """Errors of the collectives.
 
-    CollectiveError
-    ├── PeerLost            a member of the view is gone; survivors get it from every pending operation
-    ├── Evicted             this member itself was excluded; it must resynchronise
-    ├── CollectiveTimeout   an operation's deadline passed
-    ├── HandshakeRefused    wrong token, version or view on a connection
-    ├── CoordinatorLost     the control stream to the coordinator or manager broke
-    └── InvalidTransition   a state machine got an event that its table does not allow (a bug of ours)
+CollectiveError
+├── PeerLost            a member of the view is gone; survivors get it from every pending operation
+├── Evicted             this member itself was excluded; it must resynchronise
+├── CollectiveTimeout   an operation's deadline passed
+├── HandshakeRefused    wrong token, version or view on a connection
+├── CoordinatorLost     the control stream to the coordinator or manager broke
+└── InvalidTransition   a state machine got an event that its table does not allow (a bug of ours)
 """
 
 from __future__ import annotations

@@ -21,9 +21,13 @@ def new_nonce() -> bytes:
 
 def proof(token: str, role: str, client_nonce: bytes, server_nonce: bytes, context: bytes = b"") -> bytes:
     """HMAC-SHA256 that `role` ("client" | "server") knows `token`; `context` binds a view or purpose."""
-    message = b"|".join((b"everstep", str(PROTOCOL_VERSION).encode(), role.encode(), client_nonce, server_nonce, context))
+    message = b"|".join(
+        (b"everstep", str(PROTOCOL_VERSION).encode(), role.encode(), client_nonce, server_nonce, context)
+    )
     return hmac.new(token.encode(), message, hashlib.sha256).digest()
 
 
-def proof_matches(given: bytes, token: str, role: str, client_nonce: bytes, server_nonce: bytes, context: bytes = b"") -> bool:
+def proof_matches(
+    given: bytes, token: str, role: str, client_nonce: bytes, server_nonce: bytes, context: bytes = b""
+) -> bool:
     return hmac.compare_digest(given, proof(token, role, client_nonce, server_nonce, context))

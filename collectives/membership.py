@@ -6,9 +6,9 @@
     ---------  ------------------------  ----------------------------------------------------------------
     Waiting    Joined, Tick              Gathering, when the target (or, after patience, the minimum) is ready
     Gathering  Inventoried, Stocked      Leveling through Choose/Chosen, when all that was asked has answered
-    Gathering  Chosen behind the floor   unchanged, for `patience_s`, while watchers are missing that may hold more
+    Gathering  Chosen behind the floor   unchanged while watchers are missing, for `patience_s`; Leveling
     Gathering  Unchoosable               the same, then Ended; at once where no watcher is missing
-    any        WatcherUp, WatcherLost    unchanged; a Gathering asks again, or goes on without the lost one's stock
+    any        WatcherUp, WatcherLost    unchanged; a Gathering asks again, or goes on without that stock
     Leveling   Levelled (all)            Active
     Active     Voted (all)               Active next step; Gathering where the wanted members differ; Ended
     any        Died of a member          Gathering of the survivors; Waiting below the minimum
@@ -24,238 +24,109 @@ takes each watcher's Stock, which follows the fencing of the dead: so what the c
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from everstep.collectives.errors import InvalidTransition
+from everstep.collectives.membership_state import (
+    Active as Active,
+)
+from everstep.collectives.membership_state import (
+    Choose as Choose,
+)
+from everstep.collectives.membership_state import (
+    Chosen as Chosen,
+)
+from everstep.collectives.membership_state import (
+    Command as Command,
+)
+from everstep.collectives.membership_state import (
+    Complained as Complained,
+)
+from everstep.collectives.membership_state import (
+    Decision as Decision,
+)
+from everstep.collectives.membership_state import (
+    Ended as Ended,
+)
+from everstep.collectives.membership_state import (
+    Event as Event,
+)
+from everstep.collectives.membership_state import (
+    Fail as Fail,
+)
+from everstep.collectives.membership_state import (
+    Finish as Finish,
+)
+from everstep.collectives.membership_state import (
+    Gathering as Gathering,
+)
+from everstep.collectives.membership_state import (
+    Inventoried as Inventoried,
+)
+from everstep.collectives.membership_state import (
+    Joined as Joined,
+)
+from everstep.collectives.membership_state import (
+    Judge as Judge,
+)
+from everstep.collectives.membership_state import (
+    Judged as Judged,
+)
+from everstep.collectives.membership_state import (
+    Leveling as Leveling,
+)
+from everstep.collectives.membership_state import (
+    Levelled as Levelled,
+)
+from everstep.collectives.membership_state import (
+    MemberDied as MemberDied,
+)
+from everstep.collectives.membership_state import (
+    Phase as Phase,
+)
+from everstep.collectives.membership_state import (
+    Refuse as Refuse,
+)
+from everstep.collectives.membership_state import (
+    Retarget as Retarget,
+)
+from everstep.collectives.membership_state import (
+    SendGo as SendGo,
+)
+from everstep.collectives.membership_state import (
+    SendPrepare as SendPrepare,
+)
+from everstep.collectives.membership_state import (
+    SendVerdict as SendVerdict,
+)
+from everstep.collectives.membership_state import (
+    SendView as SendView,
+)
+from everstep.collectives.membership_state import (
+    State as State,
+)
+from everstep.collectives.membership_state import (
+    Stocked as Stocked,
+)
+from everstep.collectives.membership_state import (
+    Tick as Tick,
+)
+from everstep.collectives.membership_state import (
+    Unchoosable as Unchoosable,
+)
+from everstep.collectives.membership_state import (
+    Voted as Voted,
+)
+from everstep.collectives.membership_state import (
+    Waiting as Waiting,
+)
+from everstep.collectives.membership_state import (
+    WatcherLost as WatcherLost,
+)
+from everstep.collectives.membership_state import (
+    WatcherUp as WatcherUp,
+)
 from everstep.collectives.messages import Lost, Member, Prepare, View, ViewId
-
-# ---- phases ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Waiting:
-    since: float
-    enough_since: float | None = None
-
-
-@dataclass(frozen=True)
-class Gathering:
-    id: ViewId
-    members: tuple[Member, ...]  # of the view to come
-    asked: frozenset[str]  # members whose inventory is awaited, leaving ones included
-    watchers: frozenset[str]  # domains whose stock is awaited
-    since: float
-    inventories: Mapping[str, bytes] = field(default_factory=dict)
-    stocks: Mapping[str, bytes] = field(default_factory=dict)
-    unchoosable: str = ""
-    held_back: Chosen | None = None  # behind what was protected: taken if no missing watcher comes back
-
-
-@dataclass(frozen=True)
-class Leveling:
-    view: View
-    level: frozenset[str] = frozenset()
-
-
-@dataclass(frozen=True)
-class Active:
-    view: View
-    step: int  # the step that is being voted on
-    votes: Mapping[str, bytes] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Ended:
-    reason: str
-    ok: bool
-
-
-Phase = Waiting | Gathering | Leveling | Active | Ended
-
-
-@dataclass(frozen=True)
-class State:
-    epoch: int
-    minimum: int
-    target: int
-    phase: Phase
-    number: int = 0
-    ready: Mapping[str, Member] = field(default_factory=dict)  # joined and living, in the view or not
-    watchers: frozenset[str] = frozenset()  # domains with a living watcher
-    missing: frozenset[str] = frozenset()  # domains whose watcher was lost and not replaced
-    unfenced: tuple[str, ...] = ()  # declared dead, not yet known to be gone
-    lost: tuple[Lost, ...] = ()  # since the last view became active
-    complained: tuple[ViewId, float, str] | None = None  # first complaint about a link of the current view
-    floor: int | None = None  # newest step known to be protected; None: an earlier epoch knew
-    patience_s: float = 30.0
-    recent: tuple[str, ...] = ()
-
-
-# ---- events ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Joined:
-    member: Member
-
-
-@dataclass(frozen=True)
-class MemberDied:
-    name: str
-    cause: str
-    detected_ms: float = 0.0
-
-
-@dataclass(frozen=True)
-class WatcherUp:
-    domain: str
-
-
-@dataclass(frozen=True)
-class WatcherLost:
-    domain: str
-
-
-@dataclass(frozen=True)
-class Inventoried:
-    name: str
-    id: ViewId
-    payload: bytes
-
-
-@dataclass(frozen=True)
-class Stocked:
-    domain: str
-    id: ViewId
-    fenced: tuple[str, ...]
-    payload: bytes
-
-
-@dataclass(frozen=True)
-class Chosen:
-    id: ViewId
-    base_step: int
-    payload: bytes
-
-
-@dataclass(frozen=True)
-class Unchoosable:
-    id: ViewId
-    reason: str
-
-
-@dataclass(frozen=True)
-class Levelled:
-    name: str
-    id: ViewId
-
-
-@dataclass(frozen=True)
-class Voted:
-    name: str
-    id: ViewId
-    step: int
-    payload: bytes
-
-
-@dataclass(frozen=True)
-class Judged:
-    id: ViewId
-    step: int
-    payload: bytes
-    finished: bool = False
-    protected_step: int = -1  # newest step that all members have sealed
-
-
-@dataclass(frozen=True)
-class Complained:
-    """A data connection broke under `name`; usually its peer's death is about to be reported."""
-
-    name: str
-    id: ViewId
-    about: str
-    error: str
-
-
-@dataclass(frozen=True)
-class Retarget:
-    ranks: int
-
-
-@dataclass(frozen=True)
-class Finish:
-    reason: str
-    ok: bool = False
-
-
-@dataclass(frozen=True)
-class Tick:
-    pass
-
-
-Event = (
-    Joined | MemberDied | WatcherUp | WatcherLost | Inventoried | Stocked | Chosen | Unchoosable | Levelled
-    | Voted | Judged | Complained | Retarget | Finish | Tick
-)  # fmt: skip
-
-# ---- commands -------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class SendPrepare:
-    """To every watcher; they pass it on to the local members in `asked`."""
-
-    prepare: Prepare
-
-
-@dataclass(frozen=True)
-class Choose:
-    id: ViewId
-    members: tuple[Member, ...]
-    inventories: Mapping[str, bytes]
-    stocks: Mapping[str, bytes]
-
-
-@dataclass(frozen=True)
-class SendView:
-    view: View
-
-
-@dataclass(frozen=True)
-class SendGo:
-    view: View
-    lost: tuple[Lost, ...]
-
-
-@dataclass(frozen=True)
-class Judge:
-    view: View
-    step: int
-    votes: Mapping[str, bytes]
-
-
-@dataclass(frozen=True)
-class SendVerdict:
-    view: View
-    step: int
-    payload: bytes
-    reform: bool
-
-
-@dataclass(frozen=True)
-class Refuse:
-    name: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Fail:
-    reason: str
-
-
-Command = SendPrepare | Choose | SendView | SendGo | Judge | SendVerdict | Refuse | Fail
-Decision = tuple[State, tuple[Command, ...], str]
 
 _KEPT_EVENTS = 16
 COMPLAINT_GRACE_S = 1.0  # a death is reported within milliseconds of the broken connections it causes
@@ -275,7 +146,10 @@ def initial(
 
 def decide(state: State, event: Event, now: float) -> Decision:
     """The next state, what to do, and why. Raises InvalidTransition for what the table forbids."""
-    recent = (*state.recent[-_KEPT_EVENTS:], f"{now:.3f} {type(state.phase).__name__} <- {type(event).__name__}")
+    recent = (
+        *state.recent[-_KEPT_EVENTS:],
+        f"{now:.3f} {type(state.phase).__name__} <- {type(event).__name__}",
+    )
     state = replace(state, recent=recent)
     if isinstance(state.phase, Ended):
         return state, (), "the run has ended"
@@ -354,11 +228,19 @@ def _start_if_enough(state: State, now: float, reason: str) -> Decision:
         return state, (), reason
     have = len(state.ready)
     if have < state.minimum:
-        return replace(state, phase=replace(state.phase, enough_since=None)), (), f"{reason}; {have} of {state.minimum} ranks"
+        return (
+            replace(state, phase=replace(state.phase, enough_since=None)),
+            (),
+            f"{reason}; {have} of {state.minimum} ranks",
+        )
     since = state.phase.enough_since if state.phase.enough_since is not None else now
     first = state.number == 0
     if first and have < state.target and now - since < state.patience_s:
-        return replace(state, phase=replace(state.phase, enough_since=since)), (), f"{reason}; waiting for {state.target} ranks"
+        return (
+            replace(state, phase=replace(state.phase, enough_since=since)),
+            (),
+            f"{reason}; waiting for {state.target} ranks",
+        )
     return _gather(state, wanted_members(state), now, reason)
 
 
@@ -366,7 +248,11 @@ def _tick(state: State, now: float) -> Decision:
     if isinstance(state.phase, Waiting) and len(state.ready) >= state.minimum:
         return _start_if_enough(state, now, "patience")
     if isinstance(state.phase, Gathering) and state.phase.unchoosable and now - state.phase.since > state.patience_s:
-        return replace(state, phase=Ended(state.phase.unchoosable, ok=False)), (Fail(state.phase.unchoosable),), "state is lost"
+        return (
+            replace(state, phase=Ended(state.phase.unchoosable, ok=False)),
+            (Fail(state.phase.unchoosable),),
+            "state is lost",
+        )
     if isinstance(state.phase, Gathering) and state.phase.held_back and now - state.phase.since > state.patience_s:
         return _chosen(state, state.phase.held_back, now)
     if state.complained is not None:
@@ -415,7 +301,9 @@ def _gather(state: State, members: tuple[Member, ...], now: float, reason: str) 
     number = state.number + 1
     id = ViewId(state.epoch, number)
     # Whoever was to leave still holds state: it is asked again when a death starts the gathering anew.
-    before = state.phase.asked if isinstance(state.phase, Gathering) else frozenset(m.name for m in current_members(state))
+    before = (
+        state.phase.asked if isinstance(state.phase, Gathering) else frozenset(m.name for m in current_members(state))
+    )
     leaving = before & set(state.ready)
     asked = frozenset(leaving | {m.name for m in members})
     phase = Gathering(id, members, asked, state.watchers, now)
@@ -433,7 +321,11 @@ def _watcher_up(state: State, domain: str) -> Decision:
     watchers = phase.watchers | {domain}
     phase = replace(phase, watchers=watchers, stocks=stocks, unchoosable="", held_back=None)
     prepare = Prepare(phase.id, tuple(sorted(phase.asked)), state.unfenced, state.lost)
-    return replace(state, phase=phase), (SendPrepare(prepare),), f"watcher of {domain} is back while gathering"
+    return (
+        replace(state, phase=phase),
+        (SendPrepare(prepare),),
+        f"watcher of {domain} is back while gathering",
+    )
 
 
 def _watcher_lost(state: State, domain: str) -> Decision:
@@ -471,7 +363,11 @@ def _choose_if_complete(state: State, reason: str) -> Decision:
     phase = state.phase
     assert isinstance(phase, Gathering)
     if set(phase.inventories) >= phase.asked and set(phase.stocks) >= phase.watchers:
-        return state, (Choose(phase.id, phase.members, phase.inventories, phase.stocks),), f"{reason}; all have answered"
+        return (
+            state,
+            (Choose(phase.id, phase.members, phase.inventories, phase.stocks),),
+            f"{reason}; all have answered",
+        )
     return state, (), reason
 
 
@@ -490,7 +386,11 @@ def _chosen(state: State, event: Chosen, now: float) -> Decision:
     floor = event.base_step if state.floor is None else min(state.floor, event.base_step)
     state = replace(state, floor=floor)
     view = View(event.id, phase.members, event.base_step, event.payload)
-    return replace(state, phase=Leveling(view)), (SendView(view),), f"view {event.id} starts from step {event.base_step}"
+    return (
+        replace(state, phase=Leveling(view)),
+        (SendView(view),),
+        f"view {event.id} starts from step {event.base_step}",
+    )
 
 
 def _unchoosable(state: State, event: Unchoosable) -> Decision:
@@ -543,6 +443,8 @@ def _judged(state: State, event: Judged, now: float) -> Decision:
     reform = len(wanted) >= state.minimum and {m.name for m in wanted} != {m.name for m in phase.view.members}
     send = SendVerdict(phase.view, event.step, event.payload, reform)
     if reform:
-        next_state, commands, reason = _gather(state, wanted, now, f"step {event.step} is decided, membership changes")
+        next_state, commands, reason = _gather(
+            state, wanted, now, f"step {event.step} is decided, membership changes"
+        )
         return next_state, (send, *commands), reason
     return replace(state, phase=Active(phase.view, event.step + 1)), (send,), f"step {event.step} is decided"

@@ -7,6 +7,8 @@ receiver drops what carries an older one. A zombie that wakes up therefore talks
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 
 MAX_MESSAGE_BYTES = 64 << 20
@@ -190,9 +192,9 @@ class ToMembers(msgspec.Struct, frozen=True):
 
 
 _encoder = msgspec.msgpack.Encoder()
-_member = msgspec.msgpack.Decoder(MemberMessage)
-_watcher = msgspec.msgpack.Decoder(WatcherMessage)
-_coordinator = msgspec.msgpack.Decoder(CoordinatorMessage)
+_member: Any = msgspec.msgpack.Decoder(MemberMessage)
+_watcher: Any = msgspec.msgpack.Decoder(WatcherMessage)
+_coordinator: Any = msgspec.msgpack.Decoder(CoordinatorMessage)
 _envelope = msgspec.msgpack.Decoder(ToMembers)
 
 
@@ -202,15 +204,18 @@ def encode(message: msgspec.Struct) -> bytes:
 
 def decode_member(data: bytes) -> MemberMessage:
     """Raises msgspec.ValidationError for anything but a MemberMessage."""
-    return _member.decode(data)
+    message: MemberMessage = _member.decode(data)
+    return message
 
 
 def decode_watcher(data: bytes) -> WatcherMessage:
-    return _watcher.decode(data)
+    message: WatcherMessage = _watcher.decode(data)
+    return message
 
 
 def decode_coordinator(data: bytes) -> CoordinatorMessage:
-    return _coordinator.decode(data)
+    message: CoordinatorMessage = _coordinator.decode(data)
+    return message
 
 
 def decode_envelope(data: bytes) -> ToMembers:

@@ -101,9 +101,7 @@ class Checkpoint:
             except OSError as error:
                 raise CheckpointCorrupt(str(path), f"cannot be read: {error.strerror}") from error
             if size != entry.bytes:
-                raise CheckpointCorrupt(
-                    str(path), f"{size} bytes instead of {entry.bytes}", *self._at(entry, size)
-                )
+                raise CheckpointCorrupt(str(path), f"{size} bytes instead of {entry.bytes}", *self._at(entry, size))
 
     def verify(self) -> None:
         """Read every byte and check it; raises CheckpointCorrupt naming file, tensor and element range."""
@@ -112,9 +110,7 @@ class Checkpoint:
         for fragment in self.index.fragments:
             fragments[fragment.source.locator].append(fragment)
         for entry in self.manifest.files:
-            self._verify_file(
-                entry, sorted(fragments[entry.name], key=lambda f: (f.offset, f.stop - f.start))
-            )
+            self._verify_file(entry, sorted(fragments[entry.name], key=lambda f: (f.offset, f.stop - f.start)))
 
     def read(self, name: str, kind: str = "param") -> "torch.Tensor":
         """One whole tensor, on the CPU, in its own memory.
@@ -134,9 +130,7 @@ class Checkpoint:
         part = self._by_tensor.get((name, kind))
         if part is None:
             known = sorted({k for n, k in self._by_tensor if n == name})
-            hint = (
-                f"it has the kinds {', '.join(known)}" if known else f"it has {len(self._by_tensor)} tensors"
-            )
+            hint = f"it has the kinds {', '.join(known)}" if known else f"it has {len(self._by_tensor)} tensors"
             raise KeyError(f"{self.folder} has no tensor {name!r} of kind {kind!r}; {hint}")
         meta = part.tensors[0]
         data = bytearray(meta.nbytes)
@@ -161,9 +155,7 @@ class Checkpoint:
         """
         entry = self._entry(copy)
         if copy.offset < 0 or copy.offset + copy.nbytes > entry.bytes or out.nbytes != copy.nbytes:
-            raise IndexInvalid(
-                f"bytes {copy.offset}:{copy.offset + copy.nbytes} of {entry.name}, {entry.bytes} long"
-            )
+            raise IndexInvalid(f"bytes {copy.offset}:{copy.offset + copy.nbytes} of {entry.name}, {entry.bytes} long")
         out = out.cast("B") if out.nbytes else out
         path = self.folder / entry.name
         with _opened(path) as fd:
@@ -196,8 +188,7 @@ class Checkpoint:
         for f in self.index.fragments:
             fragments[f.key].append(f)
         return {
-            meta.key: StateIndex(self.index.step, (meta,), tuple(fragments[meta.key]))
-            for meta in self.index.tensors
+            meta.key: StateIndex(self.index.step, (meta,), tuple(fragments[meta.key])) for meta in self.index.tensors
         }
 
     def _entry(self, copy: Copy) -> FileEntry:
@@ -212,8 +203,7 @@ class Checkpoint:
         touched = [
             f
             for f in self.index.fragments
-            if f.source.locator == entry.name
-            and f.offset + (f.stop - f.start) * metas[f.key].itemsize > position
+            if f.source.locator == entry.name and f.offset + (f.stop - f.start) * metas[f.key].itemsize > position
         ]
         first = min(touched, key=lambda f: f.offset, default=None)
         return ("", "", 0, 0) if first is None else (first.name, first.kind, first.start, first.stop)

@@ -101,9 +101,7 @@ class CheckpointCorrupt(CheckpointError):
         self.stop = stop
 
     def __str__(self) -> str:
-        where = (
-            f", tensor {self.tensor!r} ({self.kind}) elements {self.start}:{self.stop}" if self.tensor else ""
-        )
+        where = f", tensor {self.tensor!r} ({self.kind}) elements {self.start}:{self.stop}" if self.tensor else ""
         return f"{self.file}{where}: {self.reason}"
 
 

@@ -170,13 +170,9 @@ class StateIndex(msgspec.Struct, frozen=True):
                     f"fragment {f.start}:{f.stop} of {f.name!r} ({f.kind}), which has {numel} elements"
                 )
             if not 0 <= f.offset <= _LARGEST - (f.stop - f.start) * itemsize:
-                raise IndexInvalid(
-                    f"fragment {f.start}:{f.stop} of {f.name!r} ({f.kind}) at byte offset {f.offset}"
-                )
+                raise IndexInvalid(f"fragment {f.start}:{f.stop} of {f.name!r} ({f.kind}) at byte offset {f.offset}")
             if not 0 <= f.checksum < 2**64:
-                raise IndexInvalid(
-                    f"fragment {f.start}:{f.stop} of {f.name!r} ({f.kind}) has checksum {f.checksum}"
-                )
+                raise IndexInvalid(f"fragment {f.start}:{f.stop} of {f.name!r} ({f.kind}) has checksum {f.checksum}")
 
     def to_bytes(self) -> bytes:
         """msgpack for a message or a file; fragments must belong to listed tensors."""
@@ -200,9 +196,7 @@ class StateIndex(msgspec.Struct, frozen=True):
         except (msgspec.MsgspecError, ValueError) as error:  # ValueError: text that is not UTF-8
             raise IndexInvalid(f"not a state index: {error}") from error
         if wire.version != _WIRE_VERSION:
-            raise IndexInvalid(
-                f"state index of version {wire.version}; this everstep reads version {_WIRE_VERSION}"
-            )
+            raise IndexInvalid(f"state index of version {wire.version}; this everstep reads version {_WIRE_VERSION}")
         index = StateIndex(wire.step, wire.tensors, tuple(_fragments(wire.tensors, wire.sources, wire.rows)))
         index.validate()
         return index

@@ -142,9 +142,7 @@ def run_folder(to: str | os.PathLike[str], job: str, run: str) -> Path:
     return local_path(to) / checked_file_name(job) / checked_file_name(run)
 
 
-def new_folder(
-    root: str | os.PathLike[str], step: int, epoch: int, attempt: int = 0
-) -> tuple[Path, CheckpointName]:
+def new_folder(root: str | os.PathLike[str], step: int, epoch: int, attempt: int = 0) -> tuple[Path, CheckpointName]:
     """Create the folder of a checkpoint that is about to be written; `root`: see `run_folder`, created too.
 
     `attempt` is the lowest to try. Attempts that are there are passed over; a caller that lets `collect`
@@ -174,9 +172,7 @@ def names(root: str | os.PathLike[str]) -> list[CheckpointName]:
     followed.
     """
     with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(root) as entries:
-        parsed = [
-            CheckpointName.parse(entry.name) for entry in entries if entry.is_dir(follow_symlinks=False)
-        ]
+        parsed = [CheckpointName.parse(entry.name) for entry in entries if entry.is_dir(follow_symlinks=False)]
         return sorted(name for name in parsed if name is not None)
     return []
 
@@ -267,9 +263,7 @@ def decode(data: bytes, file: str) -> Manifest:
     except (msgspec.MsgspecError, ValueError) as error:  # ValueError: text that is not UTF-8
         raise CheckpointCorrupt(file, f"not a manifest: {error}") from error
     if schema != SCHEMA:
-        raise CheckpointUnsupported(
-            f"{file}: manifest of schema {schema}; this everstep reads schema {SCHEMA}"
-        )
+        raise CheckpointUnsupported(f"{file}: manifest of schema {schema}; this everstep reads schema {SCHEMA}")
     tail = _TAIL.search(data, max(0, len(data) - 64))
     if tail is None or tail[1].decode() != _hex(xxhash.xxh3_64_intdigest(memoryview(data)[: tail.start()])):
         raise CheckpointCorrupt(file, "it does not match its own checksum")

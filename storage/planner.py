@@ -107,9 +107,7 @@ def _checked(metas: dict[TensorKey, TensorMeta], w: Want) -> TensorMeta:
     if meta is None:
         raise Unrecoverable(w.name, w.kind, w.start, w.stop, w.holder)
     if not 0 <= w.start <= w.stop <= meta.numel:
-        raise IndexInvalid(
-            f"{w.holder!r} wants {w.start}:{w.stop} of {w.name!r} ({w.kind}), which has {meta.numel}"
-        )
+        raise IndexInvalid(f"{w.holder!r} wants {w.start}:{w.stop} of {w.name!r} ({w.kind}), which has {meta.numel}")
     return meta
 
 
@@ -193,9 +191,7 @@ def _cover(
             behind += 1
         offset = fragment.offset + (position - fragment.start) * itemsize
         nbytes = (end - position) * itemsize
-        copies.append(
-            Copy(w.name, w.kind, position, end, sources[source], offset, nbytes, w.holder, (fragment,))
-        )
+        copies.append(Copy(w.name, w.kind, position, end, sources[source], offset, nbytes, w.holder, (fragment,)))
         load[source] += nbytes
         reading[w.holder] = (source, offset + nbytes)
         position = end

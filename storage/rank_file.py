@@ -192,8 +192,7 @@ def _write_fragment(fd: int, segment: SegmentMap, f: Fragment, length: int, whol
         _write(fd, piece, whole)
     if own.intdigest() != f.checksum:
         raise SegmentDamaged(
-            f"{segment.path}: elements {f.start}:{f.stop} of {f.name!r} ({f.kind}) "
-            "do not match their checksum"
+            f"{segment.path}: elements {f.start}:{f.stop} of {f.name!r} ({f.kind}) do not match their checksum"
         )
 
 

@@ -87,9 +87,7 @@ def create_segment(path: str | os.PathLike[str], capacity_bytes: int) -> None:
     Raises SegmentError when the file exists or the memory is not there; leaves nothing behind then.
     """
     if capacity_bytes <= SEAL_BYTES:
-        raise SegmentError(
-            f"{path}: capacity of {capacity_bytes} bytes; a segment takes more than {SEAL_BYTES}"
-        )
+        raise SegmentError(f"{path}: capacity of {capacity_bytes} bytes; a segment takes more than {SEAL_BYTES}")
     try:
         fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except OSError as error:
@@ -322,8 +320,7 @@ def verify(segment: SegmentMap) -> Seal:
         if xxhash.xxh3_64_intdigest(data) != f.checksum:
             _check_unchanged(segment, seal)
             raise SegmentDamaged(
-                f"{segment.path}: elements {f.start}:{f.stop} of {f.name!r} ({f.kind}) "
-                "do not match their checksum"
+                f"{segment.path}: elements {f.start}:{f.stop} of {f.name!r} ({f.kind}) do not match their checksum"
             )
     _check_unchanged(segment, seal)
     return seal
@@ -334,8 +331,7 @@ def _check_unchanged(segment: SegmentMap, seal: Seal) -> None:
     if now != seal:
         held = "nothing sealed" if now is None else f"step {now.step} of view ({now.epoch}, {now.number})"
         raise SegmentChanged(
-            f"{segment.path}: expected step {seal.step} of view ({seal.epoch}, {seal.number}), "
-            f"there is {held}"
+            f"{segment.path}: expected step {seal.step} of view ({seal.epoch}, {seal.number}), there is {held}"
         )
 
 

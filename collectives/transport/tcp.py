@@ -17,7 +17,14 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from everstep.collectives.errors import CollectiveTimeout, HandshakeRefused, PeerLost
-from everstep.collectives.handshake import NONCE_BYTES, PROOF_BYTES, PROTOCOL_VERSION, new_nonce, proof, proof_matches
+from everstep.collectives.handshake import (
+    NONCE_BYTES,
+    PROOF_BYTES,
+    PROTOCOL_VERSION,
+    new_nonce,
+    proof,
+    proof_matches,
+)
 from everstep.collectives.messages import View, ViewId
 
 _MAGIC = b"EVST"

@@ -62,7 +62,9 @@ class Desk:
         if self.resume.step >= self.spec.steps:
             self.last_step = self.resume.step
 
-    def choose(self, members: tuple[Member, ...], inventories: Mapping[str, bytes], stocks: Mapping[str, bytes]) -> Choice:
+    def choose(
+        self, members: tuple[Member, ...], inventories: Mapping[str, bytes], stocks: Mapping[str, bytes]
+    ) -> Choice:
         """Raises recovery.Lost."""
         decoded = {name: msgspec.msgpack.decode(data, type=Inventory) for name, data in inventories.items()}
         held = {domain: msgspec.msgpack.decode(data, type=Stock) for domain, data in stocks.items()}
@@ -117,8 +119,15 @@ def live_faults(faults: tuple[Fault, ...]) -> list[LiveFault]:
             wake = -1.0 if fault.wake_s is None else fault.wake_s
             found.append(
                 LiveFault(
-                    index, fault.at_step, fault.rank, fault.do, fault.phase or "gradient", fault.seconds or 0.0, wake,
-                    fault.factor or 1.0, fault.steps or 1,
-                )  # fmt: skip
+                    index,
+                    fault.at_step,
+                    fault.rank,
+                    fault.do,
+                    fault.phase or "gradient",
+                    fault.seconds or 0.0,
+                    wake,
+                    fault.factor or 1.0,
+                    fault.steps or 1,
+                )
             )
     return found

@@ -40,7 +40,14 @@ class Ledger:
         self.rescales: list[Rescale] = []
         self.skipped = 0
         self._began = self._mark = now
-        self._booked = {"productive": 0.0, "startup": 0.0, "snapshot": 0.0, "recovery": 0.0, "lost_work": 0.0, "waiting": 0.0}
+        self._booked = {
+            "productive": 0.0,
+            "startup": 0.0,
+            "snapshot": 0.0,
+            "recovery": 0.0,
+            "lost_work": 0.0,
+            "waiting": 0.0,
+        }
         self._incident: _Incident | None = None
         self._acting = False
         self._redone_until = start_step
@@ -89,7 +96,15 @@ class Ledger:
         self.ranks = ranks
         self._acting = True
 
-    def committed(self, step: int, loss: float, metrics: dict[str, float], stalls: Sequence[float], skipped: bool, now: float) -> float:
+    def committed(
+        self,
+        step: int,
+        loss: float,
+        metrics: dict[str, float],
+        stalls: Sequence[float],
+        skipped: bool,
+        now: float,
+    ) -> float:
         """A verdict committed (or skipped) `step`; returns the seconds it took."""
         stall = max(stalls, default=0.0)
         spent = now - self._mark
@@ -139,7 +154,11 @@ class Ledger:
     def snapshots(self) -> Snapshots:
         median = statistics.median(self._stalls) * 1000 if self._stalls else 0.0
         total = self._booked["productive"] + self._booked["snapshot"]
-        return Snapshots(count=self._snapshots, stall_ms_median=median, stall_share=self._booked["snapshot"] / total if total else 0.0)
+        return Snapshots(
+            count=self._snapshots,
+            stall_ms_median=median,
+            stall_share=self._booked["snapshot"] / total if total else 0.0,
+        )
 
     def committed_losses(self) -> list[float]:
         return [self.losses[step] for step in sorted(self.losses) if step > self.start_step]

@@ -204,7 +204,8 @@ def _exited(state: State, event: ProcessExit, now: float) -> Decision:
         return _staffed(state, now, f"{event.name} ended before it was ready: {event.cause}")
     state = replace(_with(state, index, trainer="", ready=False), losses=state.losses + 1)
     if 0 <= state.infrastructure_limit < state.losses:
-        why = f"{state.losses} ranks were lost (limits.infrastructure: {state.infrastructure_limit}), last {event.name}: {event.cause}"
+        limit = f"limits.infrastructure: {state.infrastructure_limit}"
+        why = f"{state.losses} ranks were lost ({limit}), last {event.name}: {event.cause}"
         return state, (GiveUp("infrastructure", why),), why
     return _staffed(state, now, f"{event.name} ended: {event.cause}")
 
@@ -215,4 +216,8 @@ def _trimmed(state: State, names: frozenset[str]) -> Decision:
     if not surplus:
         return state, (), "a view acts"
     state = replace(state, stopping=state.stopping | set(surplus))
-    return state, tuple(StopRank(name) for name in surplus), f"{len(surplus)} trainers are not needed any more"
+    return (
+        state,
+        tuple(StopRank(name) for name in surplus),
+        f"{len(surplus)} trainers are not needed any more",
+    )

@@ -77,14 +77,10 @@ def shared_memory(spec: JobSpec, state_bytes: int, shm: Path = Path("/dev/shm"))
     try:
         free = shutil.disk_usage(shm).free
     except OSError as error:
-        return [
-            Problem("", MISSING, f"a folder {shm}", f"mount a tmpfs at {shm}", f"no {shm}: {error.strerror}")
-        ]
+        return [Problem("", MISSING, f"a folder {shm}", f"mount a tmpfs at {shm}", f"no {shm}: {error.strerror}")]
     if free >= needed:
         return []
-    copies = (
-        f"{REPLICATED_FACTOR} x {spec.ranks.max} ranks x" if spec.layout.zero == 0 else f"{SHARDED_FACTOR} x"
-    )
+    copies = f"{REPLICATED_FACTOR} x {spec.ranks.max} ranks x" if spec.layout.zero == 0 else f"{SHARDED_FACTOR} x"
     smaller = "a smaller model, layout.zero: 1 or 2" if spec.layout.zero == 0 else "a smaller model"
     return [
         Problem(

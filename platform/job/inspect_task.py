@@ -110,9 +110,7 @@ class _Looker:
             field = match.group(1)
             fix = "correct the name or the file" if field == "task" else f"set `{field}` in the job file"
             return self.refuse(field, "", fix, text[match.end() :])
-        return self.refuse(
-            "task", "a task that can be built", "correct `args` or the task", f"{text}\n{trace}"
-        )
+        return self.refuse("task", "a task that can be built", "correct `args` or the task", f"{text}\n{trace}")
 
     def data(self, task: Task) -> int:
         """Makes the data set and one lane's batch of it; returns the number of samples."""
@@ -134,9 +132,7 @@ class _Looker:
             why = f"{type(error).__name__} in dataset(): {error}\n{_traceback(error)}"
             raise self.refuse(field, "a data set that can be made", "correct dataset()", why) from error
         if count < 1:
-            raise self.refuse(
-                field, "at least one sample", "give data that is not empty", "the data set is empty"
-            )
+            raise self.refuse(field, "at least one sample", "give data that is not empty", "the data set is empty")
         self.during(
             "makes the first lane's batch",
             lambda: task.collate([task.data[index] for index in task.sample(0, 0)]),

@@ -79,9 +79,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
             "", source, "a readable text file", "check the path and its rights", f"cannot be read: {error}"
         ) from None
     except yaml.YAMLError as error:
-        raise _refuse(
-            "", source, "valid YAML", "correct the place named above", f"not YAML: {error}"
-        ) from None
+        raise _refuse("", source, "valid YAML", "correct the place named above", f"not YAML: {error}") from None
     if not isinstance(data, dict):
         raise _refuse(
             "",
@@ -106,9 +104,7 @@ def override(data: dict[str, Any], overrides: list[str], source: str = "job") ->
         try:
             value = parse_yaml(value_text)
         except yaml.YAMLError as error:
-            problems.append(
-                Problem(f"--set {key}", value_text, "a YAML value", "quote it", f"not YAML: {error}")
-            )
+            problems.append(Problem(f"--set {key}", value_text, "a YAML value", "quote it", f"not YAML: {error}"))
             continue
         why = _put(result, parts, value)
         if why:
@@ -180,11 +176,7 @@ def _problem(detail: ErrorDetails, model: type[BaseModel], data: Any) -> Problem
     examples = (info.examples if info else None) or ["…"]
     example = examples[0]
     shown = (
-        example
-        if isinstance(example, str)
-        else str(example).lower()
-        if isinstance(example, bool)
-        else repr(example)
+        example if isinstance(example, str) else str(example).lower() if isinstance(example, bool) else repr(example)
     )
     fix = f"for example `--set {field}={shown}`"
     if detail["type"] == "missing":
@@ -234,9 +226,7 @@ def _locate(
             here = _inner(info.annotation) if info else None
         elif isinstance(here, _Elements):
             here = here.of
-        elif (isinstance(value, dict) and part in value) or (
-            isinstance(value, list) and isinstance(part, int)
-        ):
+        elif (isinstance(value, dict) and part in value) or (isinstance(value, list) and isinstance(part, int)):
             inside = True
         elif index > 0:
             continue

@@ -68,9 +68,7 @@ class RunEntry:
     @property
     def name(self) -> str:
         """`JOB`, or `JOB/RUN` when the run has a name of its own."""
-        return (
-            self.record.job if self.record.run == self.record.job else f"{self.record.job}/{self.record.run}"
-        )
+        return self.record.job if self.record.run == self.record.job else f"{self.record.job}/{self.record.run}"
 
     @property
     def state(self) -> str:
@@ -128,9 +126,7 @@ class Registration:
         """Records how the run ended, and its result, before the name is given back by `close`."""
         if result is not None:
             result.write(self.path / "result.json")
-        state = (
-            "ended" if exit_code == 0 else "stopped" if result is not None and result.stopped else "failed"
-        )
+        state = "ended" if exit_code == 0 else "stopped" if result is not None and result.stopped else "failed"
         file = str(self.path / "result.json") if result is not None else None
         self.update(state=state, exit=exit_code, ended=time.time(), result=file)
 
@@ -223,9 +219,7 @@ class Registry:
         if named and not live:
             return named[0]
         if named:
-            raise UnknownJob(
-                f"{job!r} is not live (it {_past(named[0])}); {_list('live runs', every, live=True)}"
-            )
+            raise UnknownJob(f"{job!r} is not live (it {_past(named[0])}); {_list('live runs', every, live=True)}")
         raise UnknownJob(f"no run named {job!r}; {_list('known runs', every)}")
 
 

@@ -108,9 +108,7 @@ def _unsupported(spec: JobSpec) -> Iterator[Problem]:
         yield refuse("snapshot.domain", spec.snapshot.domain, "auto or rank", "auto")
     for index, sink in enumerate(spec.log):
         if sink not in LOG_SINKS:
-            yield Problem(
-                f"log.{index}", sink, ", ".join(LOG_SINKS), "use `log: [jsonl]`", "not supported yet"
-            )
+            yield Problem(f"log.{index}", sink, ", ".join(LOG_SINKS), "use `log: [jsonl]`", "not supported yet")
     if spec.checkpoint is not None:
         to = spec.checkpoint.to
         if not is_local(to):
@@ -129,9 +127,7 @@ def _fault(spec: JobSpec, fault: Fault, where: str) -> Iterator[Problem]:
     needed, optional = FAULT_FIELDS[fault.do]
     for name in needed:
         if getattr(fault, name) is None:
-            yield Problem(
-                f"{where}.{name}", MISSING, f"a value, with do: {fault.do}", f"add `{name}:` to this fault"
-            )
+            yield Problem(f"{where}.{name}", MISSING, f"a value, with do: {fault.do}", f"add `{name}:` to this fault")
     for name in _OPTIONAL_FAULT_FIELDS:
         value = getattr(fault, name)
         if value is not None and name not in needed + optional:

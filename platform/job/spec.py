@@ -24,9 +24,7 @@ Phase = Literal["gradient", "reduce", "vote", "verdict", "apply", "gather", "sna
 Action = Literal["kill", "freeze", "slow", "busy", "scale"]
 
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
-_NAME_RULE = (
-    "1 to 63 letters, digits, dots, dashes or underscores, a letter or digit first (it names folders)"
-)
+_NAME_RULE = "1 to 63 letters, digits, dots, dashes or underscores, a letter or digit first (it names folders)"
 
 
 class _Part(BaseModel):
@@ -71,9 +69,7 @@ class Resources(_Part):
     nothing and needs none of them.
     """
 
-    cpus: float = Field(
-        1, ge=0, description="a number of 0 or more (CPUs a rank reserves in Ray)", examples=[1]
-    )
+    cpus: float = Field(1, ge=0, description="a number of 0 or more (CPUs a rank reserves in Ray)", examples=[1])
     gpus: float = Field(0, ge=0, description="0 (GPUs are designed, not built yet)", examples=[0])
     threads: int = Field(1, ge=1, description="a whole number of 1 or more", examples=[1])
     memory: Annotated[int, Field(ge=1)] | None = Field(
@@ -138,9 +134,7 @@ class Snapshot(_Part):
 class CheckpointSpec(_Part):
     """Checkpoints on storage. A relative `to` is relative to the job file's folder."""
 
-    to: str = Field(
-        min_length=1, description="a folder, absolute or relative to the job file's", examples=["runs"]
-    )
+    to: str = Field(min_length=1, description="a folder, absolute or relative to the job file's", examples=["runs"])
     every: int = Field(100, ge=1, description="a whole number of steps of 1 or more", examples=[100])
     keep: int = Field(3, ge=1, description="a whole number of 1 or more", examples=[3])
     resume: Literal["auto", "never"] = Field(
@@ -156,9 +150,7 @@ class Limits(_Part):
         None, description="seconds, a number above 0, or null", examples=[3600]
     )
     user: int = Field(0, ge=-1, description="a whole number of -1 (no limit) or more", examples=[0])
-    infrastructure: int = Field(
-        100, ge=-1, description="a whole number of -1 (no limit) or more", examples=[100]
-    )
+    infrastructure: int = Field(100, ge=-1, description="a whole number of -1 (no limit) or more", examples=[100])
     preemption: int = Field(-1, ge=-1, description="a whole number of -1 (no limit) or more", examples=[-1])
     nonfinite: int = Field(10, ge=1, description="a whole number of steps of 1 or more", examples=[10])
 
@@ -239,9 +231,7 @@ class JobSpec(_Part):
         description="a map with precision, compile, clip_norm, optimizer and warmup",
         examples=["{clip_norm: 1.0}"],
     )
-    data: Data = Field(
-        default_factory=Data, description="a map with workers and prefetch", examples=["{workers: 0}"]
-    )
+    data: Data = Field(default_factory=Data, description="a map with workers and prefetch", examples=["{workers: 0}"])
     eval: Eval = Field(default_factory=Eval, description="a map with every", examples=["{every: 0}"])
     snapshot: Snapshot = Field(
         default_factory=Snapshot,

@@ -16,7 +16,7 @@ import torch
 
 from everstep.platform.training.lanes import LaneTree, Node, cover, lanes_of
 from everstep.platform.training.layout import FlatLayout, Run, intersect, total_of
-from everstep.platform.training.shard import RankState, ShardStore
+from everstep.platform.training.shard import RankState, ShardStore, bytes_of
 
 BUCKET_ELEMENTS = 1 << 18  # 1 MiB of float32: large against a frame's cost, small against a shard
 
@@ -57,10 +57,6 @@ def buckets_of(layout: FlatLayout) -> list[Bucket]:
 
 def _add(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     return left.add_(right)
-
-
-def _bytes(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.numpy()).cast("B")
 
 
 def _floats(data: bytearray) -> torch.Tensor:
@@ -137,7 +133,7 @@ class Reduction:
             if peer == self._rank:
                 self._mine[bucket.index].add(node, torch.cat(slices))
             elif self._wire is not None:
-                self._wire.send(peer, _tag(bucket, node), [_bytes(s) for s in slices])
+                self._wire.send(peer, _tag(bucket, node), [bytes_of(s) for s in slices])
 
     def _recv(self, peer: int, tag: int) -> bytearray:
         assert self._wire is not None
@@ -174,7 +170,14 @@ def share_gradients(store: ShardStore, owned: Sequence[Sequence[Run]], wire: Wir
     wire.flush()
 
 
-def _spread(store: ShardStore, into: torch.Tensor, owned: Sequence[Sequence[Run]], wire: Wire | None, tag: int, timeout_s: float) -> None:
+def _spread(
+    store: ShardStore,
+    into: torch.Tensor,
+    owned: Sequence[Sequence[Run]],
+    wire: Wire | None,
+    tag: int,
+    timeout_s: float,
+) -> None:
     rank = wire.rank if wire is not None else 0
     for start, stop in owned[rank]:
         into[start:stop].copy_(store.view(start, stop))
@@ -184,7 +187,9 @@ def _spread(store: ShardStore, into: torch.Tensor, owned: Sequence[Sequence[Run]
     for peer, runs in enumerate(owned):
         if peer != rank and runs:
             data, at = _floats(wire.recv(peer, tag, timeout_s)), 0
-            assert data.numel() == total_of(runs), f"rank {peer} sent {data.numel()} elements, it owns {total_of(runs)}"
+            assert data.numel() == total_of(runs), (
+                f"rank {peer} sent {data.numel()} elements, it owns {total_of(runs)}"
+            )
             for start, stop in runs:
                 into[start:stop].copy_(data[at : at + stop - start])
                 at += stop - start
@@ -194,7 +199,7 @@ def _spread(store: ShardStore, into: torch.Tensor, owned: Sequence[Sequence[Run]
 def _send_runs(store: ShardStore, runs: Sequence[Run], wire: Wire, tag: int) -> None:
     if not runs:
         return
-    views = [_bytes(store.view(start, stop)) for start, stop in runs]
+    views = [bytes_of(store.view(start, stop)) for start, stop in runs]
     for peer in range(wire.size):
         if peer != wire.rank:
             wire.send(peer, tag, views)

@@ -62,7 +62,11 @@ class FlatLayout:
     block: int  # elements in a norm block
 
     @classmethod
-    def of(cls, params: Iterable[tuple[str, tuple[int, ...], bool]], buffers: Iterable[tuple[str, tuple[int, ...]]] = ()) -> FlatLayout:
+    def of(
+        cls,
+        params: Iterable[tuple[str, tuple[int, ...], bool]],
+        buffers: Iterable[tuple[str, tuple[int, ...]]] = (),
+    ) -> FlatLayout:
         """`params`: (name, shape, whole) in registration order; `buffers`: float buffers (name, shape)."""
         tensors, at = [], 0
         specs = [(n, s, w, False) for n, s, w in params] + [(n, s, True, True) for n, s in buffers]
@@ -102,7 +106,9 @@ class FlatLayout:
         found = []
         index = 0
         for start, stop in sorted(runs):
-            while index < len(self.tensors) and self.tensors[index].start + aligned(self.tensors[index].numel) <= start:
+            while (
+                index < len(self.tensors) and self.tensors[index].start + aligned(self.tensors[index].numel) <= start
+            ):
                 index += 1
             at = index
             while at < len(self.tensors) and self.tensors[at].start < stop:

@@ -49,9 +49,16 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
     closure = inspect.signature(optimizer.step).parameters.get("closure")
     needs_closure = closure is not None and closure.default is inspect.Parameter.empty
     if isinstance(optimizer, REFUSED) or needs_closure:
-        why = "its step calls the model again (closure)" if needs_closure else "it mixes tensors or needs sparse gradients"
+        why = (
+            "its step calls the model again (closure)"
+            if needs_closure
+            else "it mixes tensors or needs sparse gradients"
+        )
         allowed = ", ".join(cls.__name__ for cls in ELEMENTWISE)
-        raise UnsupportedOptimizer(f"optimizer {name} cannot be cut over ranks: {why}; use one of {allowed}, or one that treats each tensor by itself")
+        raise UnsupportedOptimizer(
+            f"optimizer {name} cannot be cut over ranks: {why}; "
+            f"use one of {allowed}, or one that treats each tensor by itself"
+        )
 
 
 def is_elementwise(optimizer: torch.optim.Optimizer) -> bool:
@@ -76,14 +83,19 @@ def group_of_names(
                 found[name] = (o, g)
     left = [n for n, _ in params if n not in found]
     if left:
-        raise UnsupportedOptimizer(f"{len(left)} trainable parameters are in no optimizer, first {left[0]}; add them, or set requires_grad=False")
+        raise UnsupportedOptimizer(
+            f"{len(left)} trainable parameters are in no optimizer, first {left[0]}; "
+            "add them, or set requires_grad=False"
+        )
     return found
 
 
 class OptimizerSet:
     """The optimizers of one rank. `kinds[name]` are the state tensors that a parameter has once updated."""
 
-    def __init__(self, optimizers: Sequence[torch.optim.Optimizer], params: Sequence[tuple[str, torch.nn.Parameter]]) -> None:
+    def __init__(
+        self, optimizers: Sequence[torch.optim.Optimizer], params: Sequence[tuple[str, torch.nn.Parameter]]
+    ) -> None:
         self._optimizers = list(optimizers)
         self._group = group_of_names(optimizers, params)
         self._base_lr = [[_number(g["lr"]) if "lr" in g else None for g in o.param_groups] for o in optimizers]
@@ -99,7 +111,8 @@ class OptimizerSet:
             if self.cuttable(name):
                 if place not in learned:
                     learned[place] = self._learn(place, torch.zeros(_DUMMY_ELEMENTS))
-                state, dummy_shape = learned[place], (_DUMMY_ELEMENTS,)
+                dummy_shape: tuple[int, ...] = (_DUMMY_ELEMENTS,)
+                state = learned[place]
             else:
                 state, dummy_shape = self._learn(place, torch.zeros(parameter.shape)), tuple(parameter.shape)
             self.kinds[name] = self._describe(name, parameter, state, dummy_shape)
@@ -173,7 +186,9 @@ class OptimizerSet:
         trial.step()
         return dict(trial.state[dummy])
 
-    def _describe(self, name: str, parameter: torch.nn.Parameter, state: dict[str, Any], dummy_shape: tuple[int, ...]) -> Kinds:
+    def _describe(
+        self, name: str, parameter: torch.nn.Parameter, state: dict[str, Any], dummy_shape: tuple[int, ...]
+    ) -> Kinds:
         kinds: Kinds = {}
         for kind in sorted(state):
             value = state[kind]
@@ -188,7 +203,10 @@ class OptimizerSet:
                 like = False
                 kinds[kind] = TensorMeta(name, kind, _python_dtype(value), (), python=True)
             else:
-                raise UnsupportedOptimizer(f"state {kind!r} of parameter {name} is a {type(value).__name__}; only tensors and numbers can be saved")
+                what = type(value).__name__
+                raise UnsupportedOptimizer(
+                    f"state {kind!r} of {name} is a {what}; only tensors and numbers can be saved"
+                )
             self._like[(name, kind)] = like
         return kinds
 

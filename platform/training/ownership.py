@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from everstep.platform.training.layout import Run, intersect, merge_runs
 
 
-def assign(
-    units: Sequence[Run], ranks: int, held: Sequence[Sequence[Run]] = ()
-) -> tuple[tuple[Run, ...], ...]:
+def assign(units: Sequence[Run], ranks: int, held: Sequence[Sequence[Run]] = ()) -> tuple[tuple[Run, ...], ...]:
     """Runs owned by each of `ranks`; with units of one size, balanced to within one of them.
 
     `held[r]` is what rank r holds already (empty for a newcomer). A rank keeps what it holds up to its fair

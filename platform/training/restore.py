@@ -12,7 +12,7 @@ import torch
 
 from everstep.platform.training.conductor import Conductor, Seat
 from everstep.platform.training.layout import Run, merge_runs
-from everstep.platform.training.shard import Place, RankState
+from everstep.platform.training.shard import Place, RankState, bytes_of
 from everstep.storage.index import Source, StateIndex, merge
 from everstep.storage.planner import Copy, Want, plan
 
@@ -85,7 +85,7 @@ def _copy_live(kept: Sequence[Place], copy: Copy, buffer: memoryview) -> None:
         if place.meta.key == (copy.name, copy.kind) and place.start <= done < place.stop:
             stop = min(place.stop, copy.stop)
             size = place.tensor.element_size()
-            source = place.tensor[done - place.start : stop - place.start].contiguous().view(torch.uint8).numpy()
-            buffer[(done - copy.start) * size : (stop - copy.start) * size] = memoryview(source)
+            source = bytes_of(place.tensor[done - place.start : stop - place.start])
+            buffer[(done - copy.start) * size : (stop - copy.start) * size] = source
             done = stop
     assert done == copy.stop, f"{copy.name}/{copy.kind}: own memory holds up to {done} of {copy.stop}"

@@ -106,14 +106,19 @@ class Session:
         self.lane_now = -1
         self.losses: list[float] = []
         self.state_lines: tuple[str, ...] = ()
-        self._hooks = [p.register_post_accumulate_grad_hook(self._on_gradient(i)) for i, (_, p) in enumerate(self.state.params)]
+        self._hooks = []
+        for position, (_, parameter) in enumerate(self.state.params):
+            hooked: Any = parameter  # torch has no annotation for this method
+            self._hooks.append(hooked.register_post_accumulate_grad_hook(self._on_gradient(position)))
         self._bucket_of = {i: b for b in self._buckets for i in b.params}
         self._filling: dict[int, tuple[torch.Tensor, set[int]]] = {}
 
     def __enter__(self) -> Session:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._random.remove()
         for hook in self._hooks:
             hook.remove()
@@ -235,7 +240,13 @@ class Session:
         step = self.state.stamp + 1
         self._conductor.fault_point("gradient", step)
         reduction = Reduction(
-            self.state.layout, self._buckets, seat.plan.owned, self.settings.lanes, self._waves, seat.wire, self.settings.stall_s
+            self.state.layout,
+            self._buckets,
+            seat.plan.owned,
+            self.settings.lanes,
+            self._waves,
+            seat.wire,
+            self.settings.stall_s,
         )
         self._attempt = _Attempt(step, reduction, started=time.perf_counter())
 
@@ -322,7 +333,9 @@ class Session:
 
     def _vote(self, attempt: _Attempt, owned: Sequence[tuple[int, int]], compute_s: float, exchange_s: float) -> Vote:
         blocks = torch.tensor(self.state.norm_blocks(owned), dtype=torch.float64)
-        digest = hashlib.sha256(b"".join(t.contiguous().numpy().tobytes() for t in attempt.integers or [])).hexdigest()
+        digest = hashlib.sha256(
+            b"".join(t.contiguous().numpy().tobytes() for t in attempt.integers or [])
+        ).hexdigest()
         return Vote(
             "step",
             losses=tuple(attempt.losses),
@@ -389,10 +402,14 @@ class Session:
     def _finish(self, seat: Seat) -> None:
         """The last step is committed: seal it everywhere, hash it, and end."""
         step = self.state.stamp
-        self._conductor.vote(seat, step + 1, Vote("seal", sealed_step=self._conductor.sealed_step(), stall_s=self._stall_s))
+        self._conductor.vote(
+            seat, step + 1, Vote("seal", sealed_step=self._conductor.sealed_step(), stall_s=self._stall_s)
+        )
         with torch.no_grad():
             lines = hash_lines(self.state, seat.plan.owned, seat.wire, self.settings.stall_s)
-        self._conductor.vote(seat, step + 2, Vote("hash", hash_lines=lines, sealed_step=self._conductor.sealed_step()))
+        self._conductor.vote(
+            seat, step + 2, Vote("hash", hash_lines=lines, sealed_step=self._conductor.sealed_step())
+        )
         self.state_lines = lines
         self._done = True
 

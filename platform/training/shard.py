@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -26,6 +27,12 @@ from everstep.storage.index import Fragment, Source, StateIndex, TensorMeta
 from everstep.storage.planner import Want
 
 TORN = -1
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a flat, contiguous CPU tensor, without a copy."""
+    array: Any = tensor.detach().view(torch.uint8).numpy()
+    return memoryview(array)
 
 
 def dtype_name(tensor: torch.Tensor) -> str:
@@ -81,7 +88,10 @@ class RankState:
             view.copy_(tensor.detach())
             tensor.data = view
         first_buffer = len(self.params)
-        self.buffer_range = (self.layout.tensors[first_buffer].start if self.buffers else self.layout.total, self.layout.total)
+        self.buffer_range = (
+            self.layout.tensors[first_buffer].start if self.buffers else self.layout.total,
+            self.layout.total,
+        )
         self._buffers = self.compute[slice(*self.buffer_range)].clone()
         self._integers = [b.clone() for _, b in self.integers]
         self._initial = (self.compute.clone(), [b.clone() for b in self._integers])
@@ -118,7 +128,9 @@ class RankState:
         self.touched.clear()
         self.optimizers.clear()
         for piece in self.pieces:
-            self.master.view(piece.flat, piece.flat + piece.numel).copy_(compute[piece.flat : piece.flat + piece.numel])
+            self.master.view(piece.flat, piece.flat + piece.numel).copy_(
+                compute[piece.flat : piece.flat + piece.numel]
+            )
         self.begin_lane()
         self.stamp = self.compute_stamp = 0
 
@@ -143,7 +155,13 @@ class RankState:
     # ---- apply ------------------------------------------------------------------------------------------
 
     def apply(
-        self, step: int, verdict: Verdict, lanes: int, factor: float, integers: Sequence[torch.Tensor], midway: Callable[[], None]
+        self,
+        step: int,
+        verdict: Verdict,
+        lanes: int,
+        factor: float,
+        integers: Sequence[torch.Tensor],
+        midway: Callable[[], None],
     ) -> None:
         """Updates the held runs to the state after `step`. Never stops half-way; leaves `compute` to the gather.
 
@@ -179,7 +197,9 @@ class RankState:
     def publish(self) -> None:
         """Copies the held part of `master` into `compute`."""
         for piece in self.pieces:
-            self.compute[piece.flat : piece.flat + piece.numel].copy_(self.master.view(piece.flat, piece.flat + piece.numel))
+            self.compute[piece.flat : piece.flat + piece.numel].copy_(
+                self.master.view(piece.flat, piece.flat + piece.numel)
+            )
 
     def gathered(self) -> None:
         """`compute` is whole again: its buffers become the committed ones."""
@@ -274,7 +294,9 @@ class RankState:
     def install(self, have: StateIndex, fill: Callable[[Want, torch.Tensor], None]) -> None:
         """Brings every held tensor to `have.step`; `fill(want, flat_tensor)` supplies the bytes."""
         keys = set(have.metas())
-        self.touched = {i for i, (n, _) in enumerate(self.params) if any(m.key in keys for m in self.optimizers.metas(n))}
+        self.touched = {
+            i for i, (n, _) in enumerate(self.params) if any(m.key in keys for m in self.optimizers.metas(n))
+        }
         for piece in self.pieces:
             name, kind = piece.tensor.name, "buffer" if piece.tensor.is_buffer else "param"
             span = (piece.start, piece.stop)

@@ -27,7 +27,9 @@ class _Part(msgspec.Struct, array_like=True):
     data: bytes
 
 
-def hash_lines(state: RankState, owned: Sequence[Sequence[Run]], wire: Wire | None, timeout_s: float) -> tuple[str, ...]:
+def hash_lines(
+    state: RankState, owned: Sequence[Sequence[Run]], wire: Wire | None, timeout_s: float
+) -> tuple[str, ...]:
     """This rank's lines: tensor i of the sorted state is hashed by rank i modulo ranks. Raises ViewOver."""
     metas = state.metas()
     position = {meta.key: i for i, meta in enumerate(metas)}
@@ -35,7 +37,9 @@ def hash_lines(state: RankState, owned: Sequence[Sequence[Run]], wire: Wire | No
     outgoing: list[list[_Part]] = [[] for _ in range(ranks)]
     for place in state.places():
         index = position[place.meta.key]
-        outgoing[index % ranks].append(_Part(index, place.start, place.tensor.contiguous().view(torch.uint8).numpy().tobytes()))
+        outgoing[index % ranks].append(
+            _Part(index, place.start, place.tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        )
     whole = sum(stop - start for start, stop in state.held) == state.layout.total  # ZeRO 0: nothing to send
     incoming = list(outgoing[rank])
     if wire is not None and not whole:

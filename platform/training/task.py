@@ -221,9 +221,7 @@ class Task(ABC):
         first = (step * self.lanes + lane) * self.lane_batch
         return [self._shuffle.at(first + i) for i in range(self.lane_batch)]
 
-    def optimizer(
-        self, params: Iterable[torch.nn.Parameter]
-    ) -> torch.optim.Optimizer | list[torch.optim.Optimizer]:
+    def optimizer(self, params: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer | list[torch.optim.Optimizer]:
         """One optimizer, or several, over the model's parameters, which come in registration order.
 
         By default AdamW with `train.optimizer`. Raises TaskArgumentError for a setting AdamW does not have.
@@ -262,8 +260,7 @@ def adamw(
     for name, value in settings.items():
         if name not in allowed:
             raise TaskArgumentError(
-                f"train.optimizer.{name}: {value!r} is no setting of AdamW;"
-                f" allowed: {', '.join(sorted(allowed))}"
+                f"train.optimizer.{name}: {value!r} is no setting of AdamW; allowed: {', '.join(sorted(allowed))}"
             )
     values = dict(settings)
     try:
@@ -271,9 +268,7 @@ def adamw(
             values["betas"] = tuple(values["betas"])
         return torch.optim.AdamW(params, **values)
     except (TypeError, ValueError) as error:
-        raise TaskArgumentError(
-            f"train.optimizer: {dict(settings)!r} is refused by AdamW: {error}"
-        ) from error
+        raise TaskArgumentError(f"train.optimizer: {dict(settings)!r} is refused by AdamW: {error}") from error
 
 
 def keyed_seed(seed: int, *key: int | str) -> int:

@@ -40,8 +40,7 @@ def find_task(task: str, base_dir: Path) -> type[Task]:
     where, separator, name = task.rpartition(":")
     if not separator or not where or not name.isidentifier():
         raise TaskImportError(
-            f"task: {task!r} names no class; write file.py:Class (relative to the job file)"
-            " or package.module:Class"
+            f"task: {task!r} names no class; write file.py:Class (relative to the job file) or package.module:Class"
         )
     base_dir = base_dir.resolve()
     if where.endswith(".py") or "/" in where:
@@ -110,9 +109,7 @@ def _import_failed(task: str, where: str, error: Exception) -> TaskImportError:
     else:
         frames = [f for f in traceback.extract_tb(error.__traceback__) if "importlib" not in f.filename]
         place = f"{frames[-1].filename}, line {frames[-1].lineno}" if frames else where
-    return TaskImportError(
-        f"task: {task!r}: importing {where} failed at {place}: {type(error).__name__}: {error}"
-    )
+    return TaskImportError(f"task: {task!r}: importing {where} failed at {place}: {type(error).__name__}: {error}")
 
 
 def _task_class(task: str, module: ModuleType, name: str) -> type[Task]:

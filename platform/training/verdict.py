@@ -56,10 +56,18 @@ def judge_step(step: int, votes: Mapping[str, Vote], rules: Rules, progress: Pro
         error = ""
         if row >= rules.nonfinite_limit:
             error = (
-                f"loss or gradients were not finite {row} steps in a row (limits.nonfinite: {rules.nonfinite_limit}), "
-                f"last at step {step}: lower train.optimizer.lr, set train.clip_norm, or look at the data of this step"
+                f"loss or gradients were not finite {row} steps in a row (limits.nonfinite: "
+                f"{rules.nonfinite_limit}), last at step {step}: lower train.optimizer.lr, set train.clip_norm, "
+                "or look at the data of this step"
             )
-        verdict = Verdict("failed" if error else "skip", loss, weight=weight, grad_norm=norm, protected_step=protected, error=error)
+        verdict = Verdict(
+            "failed" if error else "skip",
+            loss,
+            weight=weight,
+            grad_norm=norm,
+            protected_step=protected,
+            error=error,
+        )
         return verdict, Progress(row)
     clip = 1.0
     if rules.clip_norm is not None and norm > rules.clip_norm:
@@ -94,5 +102,7 @@ def _metrics(losses: Mapping[int, LaneLoss]) -> dict[str, float]:
     for name in names:
         having = [losses[lane] for lane in sorted(losses) if name in losses[lane].metrics]
         weight = math.fsum(item.weight for item in having)
-        averages[name] = math.fsum(item.metrics[name] * item.weight for item in having) / weight if weight else math.nan
+        averages[name] = (
+            math.fsum(item.metrics[name] * item.weight for item in having) / weight if weight else math.nan
+        )
     return averages

@@ -61,16 +61,12 @@ def run(
         list[str] | None,
         typer.Option("--set", metavar="a.b=VALUE", help="Change a field; VALUE is YAML. May be repeated."),
     ] = None,
-    host: Annotated[
-        HostKind, typer.Option(help="Start ranks as Ray actors or as local processes.")
-    ] = HostKind.ray,
+    host: Annotated[HostKind, typer.Option(help="Start ranks as Ray actors or as local processes.")] = HostKind.ray,
     address: Annotated[
         str | None,
         typer.Option(metavar="ADDR", help="Ray cluster; else $RAY_ADDRESS, else an embedded local Ray."),
     ] = None,
-    result: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the RunResult there, as JSON.")
-    ] = None,
+    result: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the RunResult there, as JSON.")] = None,
     json_: AsJson = False,
 ) -> None:
     """Run a job to its end.
@@ -102,8 +98,7 @@ def jobs(json_: AsJson = False) -> None:
     entries = Registry().runs()
     if json_:
         rows = [
-            {**msgspec.to_builtins(e.record), "state": e.state, "live": e.live, "path": str(e.path)}
-            for e in entries
+            {**msgspec.to_builtins(e.record), "state": e.state, "live": e.live, "path": str(e.path)} for e in entries
         ]
         print(json.dumps(rows))
         return
@@ -148,9 +143,7 @@ def logs(
     job: JobName,
     rank: Annotated[
         int | None,
-        typer.Option(
-            metavar="R", help="Only the processes rank-R.*, of every incarnation.", show_default=False
-        ),
+        typer.Option(metavar="R", help="Only the processes rank-R.*, of every incarnation.", show_default=False),
     ] = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run ends.")] = False,
     json_: AsJson = False,
@@ -166,9 +159,7 @@ def logs(
     while True:
         live = is_live(entry)  # asked first, so that the last lines are read after the end
         for process, line in _new_lines(entry.logs, rank, seen, final=not (follow and live)):
-            print(
-                json.dumps({"process": process, "line": line}) if json_ else f"{process} | {line}", flush=True
-            )
+            print(json.dumps({"process": process, "line": line}) if json_ else f"{process} | {line}", flush=True)
         if not (follow and live):
             break
         time.sleep(_FOLLOW_S)
@@ -192,9 +183,7 @@ def findings(job: JobName, json_: AsJson = False) -> None:
         if done is None:
             for event in client.events(0):
                 if event.kind == "finding":
-                    found.append(
-                        msgspec.convert({"syndrome": event.text, "ranks": [], **event.data}, Finding)
-                    )
+                    found.append(msgspec.convert({"syndrome": event.text, "ranks": [], **event.data}, Finding))
     else:
         ended = entry.result()
         found = list(ended.findings) if ended is not None else []
@@ -227,11 +216,7 @@ def scale(
     refused = _connect(entry).scale(ranks)
     if refused:
         _fail(f"{entry.name}: {refused}")
-    print(
-        json.dumps({"job": entry.name, "ranks": ranks})
-        if json_
-        else f"{entry.name}: scaling to {ranks} ranks"
-    )
+    print(json.dumps({"job": entry.name, "ranks": ranks}) if json_ else f"{entry.name}: scaling to {ranks} ranks")
 
 
 @app.command()
@@ -243,11 +228,7 @@ def stop(job: JobName, json_: AsJson = False) -> None:
     """
     entry = _find(job, live=True)
     _connect(entry).stop("everstep stop")
-    print(
-        json.dumps({"job": entry.name, "stopping": True})
-        if json_
-        else f"{entry.name}: stopping after this step"
-    )
+    print(json.dumps({"job": entry.name, "stopping": True}) if json_ else f"{entry.name}: stopping after this step")
 
 
 @app.command()
@@ -264,10 +245,7 @@ def doctor(json_: AsJson = False) -> None:
         print(json.dumps([msgspec.to_builtins(look) for look in looks]))
     else:
         for look in looks:
-            print(
-                f"{look.verdict:4}  {look.name:16} {look.found}"
-                + (f"\n      fix: {look.fix}" if look.fix else "")
-            )
+            print(f"{look.verdict:4}  {look.name:16} {look.found}" + (f"\n      fix: {look.fix}" if look.fix else ""))
     raise typer.Exit(EXIT_FAILED if any(look.verdict == "fail" for look in looks) else 0)
 
 
@@ -326,9 +304,7 @@ def _ended(entry: RunEntry) -> Status:
     )
 
 
-def _new_lines(
-    folder: Path, rank: int | None, seen: dict[Path, int], *, final: bool
-) -> Iterator[tuple[str, str]]:
+def _new_lines(folder: Path, rank: int | None, seen: dict[Path, int], *, final: bool) -> Iterator[tuple[str, str]]:
     """Yields (process, line) of what was written since the offsets in `seen`; a half line only if final."""
     wanted = re.compile(r".*" if rank is None else rf"rank-{rank}(\..*)?$")
     for file in sorted(folder.glob("*.log")):

@@ -68,9 +68,7 @@ class Display(Protocol):
 def header_lines(spec: JobSpec, facts: TaskFacts, host: str, spec_dir: Path) -> list[str]:
     """What a user checks before a long run: batch, ranks, size, where checkpoints go."""
     run = "" if spec.run_name == spec.name else f", run {spec.run_name}"
-    ranks = (
-        f"{spec.ranks.min} to {spec.ranks.max}" if spec.ranks.min != spec.ranks.max else f"{spec.ranks.max}"
-    )
+    ranks = f"{spec.ranks.min} to {spec.ranks.max}" if spec.ranks.min != spec.ranks.max else f"{spec.ranks.max}"
     folder = spec.checkpoint_dir(spec_dir)
     checkpoint = "none (stopping the run loses it; set checkpoint.to)"
     if folder is not None and spec.checkpoint is not None:

@@ -103,9 +103,7 @@ def process_control() -> Look:
     try:
         os.close(os.pidfd_open(os.getpid()))
     except (OSError, AttributeError) as error:
-        return Look(
-            "process control", "fail", f"no pidfd: {error}", "use Linux 5.3 or newer, without a filter"
-        )
+        return Look("process control", "fail", f"no pidfd: {error}", "use Linux 5.3 or newer, without a filter")
     return Look("process control", "ok", "pidfd works")
 
 

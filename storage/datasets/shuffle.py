@@ -64,9 +64,7 @@ class Shuffle:
         cached_epoch, keys = self._keys
         if cached_epoch == epoch:
             return keys
-        digest = hashlib.blake2b(
-            f"everstep shuffle 1 {self.seed} {epoch}".encode(), digest_size=8 * _ROUNDS
-        ).digest()
+        digest = hashlib.blake2b(f"everstep shuffle 1 {self.seed} {epoch}".encode(), digest_size=8 * _ROUNDS).digest()
         keys = tuple(int.from_bytes(digest[8 * i : 8 * i + 8], "little") for i in range(_ROUNDS))
         self._keys = (epoch, keys)
         return keys

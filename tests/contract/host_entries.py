@@ -29,9 +29,7 @@ def act(config: bytes) -> None:
         case ["die"]:
             os.kill(os.getpid(), signal.SIGKILL)
         case ["write", path]:
-            Path(path).write_text(
-                f"{os.getpid()} {os.getpgrp()} {os.getsid(0)} {os.readlink('/proc/self/fd/0')}"
-            )
+            Path(path).write_text(f"{os.getpid()} {os.getpgrp()} {os.getsid(0)} {os.readlink('/proc/self/fd/0')}")
         case ["spawn", path]:
             Path(path).write_text(str(subprocess.Popen(["sleep", "600"]).pid))
             time.sleep(600)

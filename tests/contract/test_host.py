@@ -74,9 +74,7 @@ def make_host(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytes
         assert embedded is not None
         return make_ray
     monkeypatch.syspath_prepend(HERE)
-    return lambda on_exit: ProcessHost(
-        on_exit, log_dir=tmp_path / "logs", entries=ENTRIES, preload=["host_entries"]
-    )
+    return lambda on_exit: ProcessHost(on_exit, log_dir=tmp_path / "logs", entries=ENTRIES, preload=["host_entries"])
 
 
 @pytest.fixture(scope="module")
@@ -300,9 +298,7 @@ def test_close_ends_children_of_a_frozen_zygote(
     assert watch.drain() == {"manager-0": "signal 9"}
 
 
-def test_a_terminals_interrupt_reaches_no_child(
-    process_host: ProcessHost, watch: Watch, tmp_path: Path
-) -> None:
+def test_a_terminals_interrupt_reaches_no_child(process_host: ProcessHost, watch: Watch, tmp_path: Path) -> None:
     file = tmp_path / "facts"
     process_host.start("rank", "rank-0.1", 0, f"write {file}".encode())
     watch.wait()

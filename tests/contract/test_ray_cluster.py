@@ -117,9 +117,7 @@ def test_a_thin_client_is_refused() -> None:
         connect("ray://127.0.0.1:10001")
 
 
-def test_a_supervisor_answers_and_outlives_nobody_but_itself(
-    embedded: EmbeddedRay, tmp_path: Path, run: str
-) -> None:
+def test_a_supervisor_answers_and_outlives_nobody_but_itself(embedded: EmbeddedRay, tmp_path: Path, run: str) -> None:
     file = tmp_path / "manager.pid"
     config = f"{run} {tmp_path} {file}".encode()
     supervisor = start_supervisor(run, config, log_dir=tmp_path, entry="host_entries:supervise")
@@ -148,9 +146,7 @@ def test_a_supervisor_ends_on_request(embedded: EmbeddedRay, tmp_path: Path, run
     collect(run)
 
 
-def test_a_supervisor_that_fails_says_why_and_leaves_nothing(
-    embedded: EmbeddedRay, tmp_path: Path, run: str
-) -> None:
+def test_a_supervisor_that_fails_says_why_and_leaves_nothing(embedded: EmbeddedRay, tmp_path: Path, run: str) -> None:
     with pytest.raises(SupervisorFailed, match="no such corpus"):
         start_supervisor(run, b"", log_dir=tmp_path, entry="host_entries:refuse")
     assert collect(run) == []
@@ -184,9 +180,7 @@ def test_a_slots_processes_share_a_placement_group(embedded: EmbeddedRay, tmp_pa
         ray.util.get_placement_group(f"everstep/{run}/slot-0")
 
 
-def test_a_name_taken_by_another_execution_is_reported(
-    embedded: EmbeddedRay, tmp_path: Path, run: str
-) -> None:
+def test_a_name_taken_by_another_execution_is_reported(embedded: EmbeddedRay, tmp_path: Path, run: str) -> None:
     reports: list[tuple[str, str]] = []
     entries = {"manager": "host_entries:sleep"}
     first = RayHost(lambda *report: None, run=run, log_dir=tmp_path, entries=entries)
@@ -231,9 +225,7 @@ print("all gone")
 """
     )
     environment = {**os.environ, "PYTHONPATH": SOURCE}
-    done = subprocess.run(
-        [sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=60
-    )
+    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=60)
     assert done.stdout.endswith("all gone\n"), done.stdout + done.stderr
     assert done.returncode == 0
     assert done.stderr == ""

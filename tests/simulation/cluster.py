@@ -1,7 +1,7 @@
 """A simulated run with random faults: `simulate(seed)` returns what happened or raises what went wrong.
 
 The cluster plays the part of the host port: it starts watchers, trainers and coordinators, and starts them
-again when they are gone. Faults come at random for some time; then everything is healed and the run has to end.
+again when they are gone. Faults come at random for some time; then all is healed and the run has to end.
 """
 
 from __future__ import annotations
@@ -107,9 +107,7 @@ class Cluster:
         elif seat.trainer is None or seat.trainer.dead:
             seat.trainers += 1
             name = f"rank-{seat.slot}.{seat.trainers}"
-            seat.trainer = Trainer(
-                self.world, name, seat.home.name, seat.slot, self.job, self.referee, self._find
-            )
+            seat.trainer = Trainer(self.world, name, seat.home.name, seat.slot, self.job, self.referee, self._find)
             seat.local.append(seat.trainer)
             self.world.log("%s starts", name)
 
@@ -227,9 +225,7 @@ class Cluster:
 
     def _cut(self, a: str, b: str) -> None:
         self.world.cut(a, b)
-        self._later(
-            self.rng.choice([0.2, 1.0, 3.0]) * self.rng.uniform(0.5, 1.0), lambda: self.world.heal(a, b)
-        )
+        self._later(self.rng.choice([0.2, 1.0, 3.0]) * self.rng.uniform(0.5, 1.0), lambda: self.world.heal(a, b))
 
     def _break_stream(self) -> None:
         trainer = self._any_trainer()

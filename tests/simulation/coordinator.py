@@ -171,9 +171,7 @@ class Coordinator(Process):
             if isinstance(event, m.MemberDied) and event.name in self.state.ready:
                 self.referee.declared_dead(self.epoch, event.name)
             phase, before = self.state.phase, self.world.now - PATIENCE_S
-            self._gave_up = (
-                isinstance(phase, m.Gathering) and bool(self.state.missing) and phase.since < before
-            )
+            self._gave_up = isinstance(phase, m.Gathering) and bool(self.state.missing) and phase.since < before
             self.state, commands, reason = m.decide(self.state, event, self.world.now)
             if not isinstance(event, m.Tick) or commands:
                 self.world.log("%s: %s", self.name, reason)
@@ -233,9 +231,7 @@ class Coordinator(Process):
             outcome = "finished"
             values: Memory = {}
             for vote in votes.values():
-                values |= msgspec.msgpack.decode(
-                    bytes.fromhex(vote.hash_lines[0]), type=dict[int, tuple[int, int]]
-                )
+                values |= msgspec.msgpack.decode(bytes.fromhex(vote.hash_lines[0]), type=dict[int, tuple[int, int]])
             self.referee.whole(values)
         payload = _pack(training.Verdict(outcome, protected_step=protected, last=step >= last))
         self.referee.judged(view.id, step, payload, set(votes), protected)

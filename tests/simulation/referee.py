@@ -122,9 +122,7 @@ class Referee:
         if verdict[0] != payload:
             self.fail(f"{name} applies another verdict on step {step} of view {view} than others")
         if view < self.acting and verdict[1] > self.acting_since:
-            self.fail(
-                f"{name} applies step {step} of view {view}, which was decided after view {self.acting} went"
-            )
+            self.fail(f"{name} applies step {step} of view {view}, which was decided after view {self.acting} went")
 
     def holds(self, name: str, what: str, values: Mapping[int, Value], step: int) -> None:
         wrong = verified(values, step)

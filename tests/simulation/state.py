@@ -102,7 +102,5 @@ class Host:
 def verified(values: Mapping[int, Value], step: int) -> list[str]:
     """What is wrong with `values` as the state after `step`."""
     return [
-        f"unit {u} holds {v}, not {reference(step, u)}"
-        for u, v in sorted(values.items())
-        if v != reference(step, u)
+        f"unit {u} holds {v}, not {reference(step, u)}" for u, v in sorted(values.items()) if v != reference(step, u)
     ]

@@ -66,9 +66,7 @@ def _forgets_missing(patch: pytest.MonkeyPatch) -> None:
 def _hides_the_newest_step(patch: pytest.MonkeyPatch) -> None:
     choose = recovery.choose
 
-    def worse(
-        ranks: Any, inventories: Any, stocks: Mapping[str, Any], checkpoint: Any, initial_step: int
-    ) -> Any:
+    def worse(ranks: Any, inventories: Any, stocks: Mapping[str, Any], checkpoint: Any, initial_step: int) -> Any:
         return choose(ranks, inventories, {}, checkpoint, initial_step)
 
     patch.setattr(recovery, "choose", worse)

@@ -249,9 +249,7 @@ class Trainer(Process):
 
     def _serve(self, connection: Connection, ask: w.Fetch) -> None:
         if ask.view != self._highest or self.stamp != ask.step or not set(ask.units) <= set(self.memory):
-            connection.send(
-                self, w.Fetched(ask.view, {}, f"{self.name} holds step {self.stamp}, not {ask.step}")
-            )
+            connection.send(self, w.Fetched(ask.view, {}, f"{self.name} holds step {self.stamp}, not {ask.step}"))
         else:
             connection.send(self, w.Fetched(ask.view, {u: self.memory[u] for u in ask.units}))
 

@@ -1,7 +1,7 @@
 """The simulated shell of a domain's watcher, which is its snapshot manager too.
 
-It judges and fences the local trainer, relays its messages, keeps its segments with the real slot machine, and
-serves them to others.
+It judges and fences the local trainer, relays its messages, keeps its segments with the real slot machine,
+and serves them to others.
 """
 
 from __future__ import annotations
@@ -103,9 +103,7 @@ class Owed:
 
 
 class Watcher(Process):
-    def __init__(
-        self, world: World, name: str, home: Host, directory: Directory, locals_: list[Process]
-    ) -> None:
+    def __init__(self, world: World, name: str, home: Host, directory: Directory, locals_: list[Process]) -> None:
         """`locals_`: the trainers that run, or ran, on this host, as the system knows them."""
         super().__init__(world, name, home.name)
         self.home = home

@@ -68,9 +68,7 @@ DONE = RunResult(
     rescales=[Rescale(step=7, from_=4, to=2, pause_ms=33)],
     snapshots=Snapshots(count=10, stall_ms_median=1.5, stall_share=0.02, parity=0),
     checkpoints=["/ck/step-10"],
-    goodput=Goodput(
-        productive_s=9, startup_s=1, snapshot_s=0.5, recovery_s=0.5, lost_work_s=0.5, waiting_s=0.5
-    ),
+    goodput=Goodput(productive_s=9, startup_s=1, snapshot_s=0.5, recovery_s=0.5, lost_work_s=0.5, waiting_s=0.5),
     metrics={"bits_per_byte": 3.246},
 )
 FAILED = RunResult(
@@ -230,12 +228,8 @@ def test_every_command_teaches_with_an_example(command):
 
 
 def test_the_command_line_loads_neither_torch_nor_ray():
-    code = (
-        "import everstep.cli, everstep.running, sys; print([m for m in ('torch', 'ray') if m in sys.modules])"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
-    )
+    code = "import everstep.cli, everstep.running, sys; print([m for m in ('torch', 'ray') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "[]"
 
 
@@ -469,9 +463,7 @@ def test_scale_and_stop_reach_the_run(live):
     assert live.stopped == ["everstep stop"]
 
 
-@pytest.mark.parametrize(
-    "words", [("status",), ("logs",), ("findings",), ("stop",), ("scale", "--ranks", "2")]
-)
+@pytest.mark.parametrize("words", [("status",), ("logs",), ("findings",), ("stop",), ("scale", "--ranks", "2")])
 def test_an_unknown_job_lists_the_known_ones(live, words):
     done = everstep(words[0], "nope", *words[1:])
     assert done.exit_code == 1

@@ -64,9 +64,7 @@ def test_importing_it_imports_neither_torch_nor_ray(module: str):
         f"import sys, {module}, everstep; everstep.JobSpec; everstep.RunResult;"
         "print(sorted({'torch', 'ray'} & set(sys.modules)))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "[]"
 
 

@@ -247,13 +247,7 @@ def test_unchoosable_is_chosen_again_when_the_watcher_is_back() -> None:
 
 
 def behind_the_floor() -> Run:
-    run = (
-        acting(2, minimum=1, base_step=4)
-        .vote(5)
-        .judge(5, protected_step=4)
-        .vote(6)
-        .judge(6, protected_step=5)
-    )
+    run = acting(2, minimum=1, base_step=4).vote(5).judge(5, protected_step=4).vote(6).judge(6, protected_step=5)
     return run.feed(m.WatcherLost("d1"), m.MemberDied("r1.1", "its watcher is lost")).answer()
 
 
@@ -403,9 +397,7 @@ def test_a_joiner_waits_for_the_boundary() -> None:
 
 
 @pytest.mark.parametrize(("target", "members"), [(2, ["r0.1", "r1.1"]), (3, ["r0.1", "r1.1", "r2.1"])])
-def test_a_scale_down_takes_effect_at_the_boundary_and_asks_those_who_leave(
-    target: int, members: list[str]
-) -> None:
+def test_a_scale_down_takes_effect_at_the_boundary_and_asks_those_who_leave(target: int, members: list[str]) -> None:
     run = acting(4).feed(m.Retarget(target))
     assert run.commands == ()
     run.vote(1).judge(1)
@@ -476,9 +468,7 @@ def test_a_complaint_that_a_death_explains_starts_nothing_more() -> None:
 
 def test_a_complaint_about_another_view_or_by_a_stranger_is_dropped() -> None:
     run = acting(2)
-    run.feed(
-        m.Complained("r0.1", ViewId(1, 0), "r1.1", "reset"), m.Complained("r9.1", run.id, "r1.1", "reset")
-    )
+    run.feed(m.Complained("r0.1", ViewId(1, 0), "r1.1", "reset"), m.Complained("r9.1", run.id, "r1.1", "reset"))
     run.now = 10.0
     assert run.feed(m.Tick()).commands == ()
 

@@ -36,9 +36,7 @@ def fragment(source: Source, key: tuple[str, str], start: int, stop: int) -> Fra
 keys = st.sampled_from([meta.key for meta in METAS])
 spans = st.tuples(st.integers(0, SIZE), st.integers(0, SIZE)).map(sorted)
 fragments = st.lists(st.tuples(st.sampled_from(SOURCES), keys, spans), max_size=30)
-wants = st.lists(
-    st.tuples(keys, spans, st.sampled_from(["rank-0", "rank-1", "other"])), min_size=1, max_size=5
-)
+wants = st.lists(st.tuples(keys, spans, st.sampled_from(["rank-0", "rank-1", "other"])), min_size=1, max_size=5)
 
 
 @settings(max_examples=400, deadline=None)

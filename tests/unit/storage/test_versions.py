@@ -159,9 +159,7 @@ class AnySequence(RuleBasedStateMachine):
         else:
             # It waits only when it must: every slot is needed.
             assert all(
-                slot.version in (None, self.newest)
-                or slot.version.step in self.kept
-                or slot.version > self.newest
+                slot.version in (None, self.newest) or slot.version.step in self.kept or slot.version > self.newest
                 if self.newest
                 else slot.state == "sealed"
                 for slot in before.slots

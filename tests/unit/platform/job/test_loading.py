@@ -98,9 +98,7 @@ def test_a_file_that_is_no_job_is_refused(tmp_path, text, words):
 
 def test_anchors_and_merge_keys_work(tmp_path):
     path = tmp_path / "job.yaml"
-    path.write_text(
-        "name: t\ntask: a.py:A\nsteps: 9\nargs:\n  base: &b {x: 1, y: 2}\n  more: {<<: *b, y: 3}\n"
-    )
+    path.write_text("name: t\ntask: a.py:A\nsteps: 9\nargs:\n  base: &b {x: 1, y: 2}\n  more: {<<: *b, y: 3}\n")
     assert JobSpec.load(path).args["more"] == {"x": 1, "y": 3}
 
 

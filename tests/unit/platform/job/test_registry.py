@@ -88,9 +88,7 @@ def test_a_resumed_run_keeps_its_folder_and_gets_a_new_token(registry):
 
 
 def test_a_killed_owner_leaves_no_live_run(registry):
-    owner = subprocess.Popen(
-        [sys.executable, "-c", OWNER, str(registry.root)], stdout=subprocess.PIPE, text=True
-    )
+    owner = subprocess.Popen([sys.executable, "-c", OWNER, str(registry.root)], stdout=subprocess.PIPE, text=True)
     try:
         assert owner.stdout.readline() == "held\n"
         assert registry.find("gpt", live=True).live

@@ -29,9 +29,7 @@ def elements(runs: tuple[Run, ...]) -> set[int]:
 
 
 def test_every_tensor_starts_at_64_bytes_in_registration_order() -> None:
-    layout = FlatLayout.of(
-        [("w", (3, 5), False), ("b", (), True), ("v", (16,), False)], [("running_mean", (4,))]
-    )
+    layout = FlatLayout.of([("w", (3, 5), False), ("b", (), True), ("v", (16,), False)], [("running_mean", (4,))])
     assert [(t.name, t.start, t.numel) for t in layout.tensors] == [
         ("w", 0, 15),
         ("b", 16, 1),

@@ -15,20 +15,19 @@ UNITS: tuple[Run, ...] = ((0, 2), (2, 4), (4, 6), (6, 8), (16, 32))
 
 
 def index(step: int, source: Source, *ranges: tuple[int, int], b: bool = False) -> StateIndex:
-    """`ranges` of w, and all of b if asked for; tensors that are not touched are not listed."""
+    """`ranges` of w, and all of b if asked for; every tensor is listed, as trainers do when they seal."""
     fragments = [Fragment("w", "param", start, stop, source, 0) for start, stop in ranges]
     fragments += [Fragment("b", "param", 0, 2, source, 64)] if b else []
-    metas = tuple(meta for meta, wanted in ((B, b), (W, bool(ranges))) if wanted)
-    return StateIndex(step, metas, tuple(fragments))
+    return StateIndex(step, (B, W), tuple(fragments))
 
 
 def live(name: str, step: int, *ranges: tuple[int, int], b: bool = False) -> Inventory:
     held = (*ranges, (16, 32)) if b else ranges
-    return Inventory(step, held, index(step, Source("live", name, ""), *ranges, b=b), UNITS, 0, (W, B))
+    return Inventory(step, held, index(step, Source("live", name, ""), *ranges, b=b), UNITS)
 
 
 def torn(held: tuple[Run, ...] = ()) -> Inventory:
-    return Inventory(-1, held, None, UNITS, 0, (W, B))
+    return Inventory(-1, held, None, UNITS)
 
 
 def sealed(domain: str, step: int, *ranges: tuple[int, int], b: bool = False) -> StateIndex:
@@ -83,7 +82,6 @@ def test_one_domain_with_two_versions_offers_both() -> None:
 
 
 def test_a_tensor_that_only_a_lost_domain_held_makes_the_step_uncovered() -> None:
-    """No index of what is left even lists it."""
     stocks = {"d0": Stock((sealed("d0", 7, (0, 8)),)), "d1": Stock((sealed("d1", 6, (0, 8), b=True),))}
     assert choice_of({"r0": torn()}, stocks).base_step == 6
 
@@ -136,7 +134,5 @@ def test_lost_names_what_is_missing_at_each_step() -> None:
 def test_the_choice_does_not_depend_on_the_order_of_answers() -> None:
     inventories = {"r0": live("r0", 7, (0, 4)), "r1": live("r1", 7, (4, 8), b=True)}
     stocks = {"d0": Stock((sealed("d0", 6, (0, 4)),)), "d1": Stock((sealed("d1", 6, (4, 8), b=True),))}
-    backwards = choose(
-        ["r0", "r1"], dict(reversed(inventories.items())), dict(reversed(stocks.items())), None, 5
-    )
+    backwards = choose(["r0", "r1"], dict(reversed(inventories.items())), dict(reversed(stocks.items())), None, 5)
     assert backwards == choose(["r0", "r1"], inventories, stocks, None, 5)

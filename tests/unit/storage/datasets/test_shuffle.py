@@ -46,9 +46,7 @@ def test_the_order_is_frozen():
 def test_ten_to_the_twelve_samples_need_no_index_list():
     samples = 10**12
     shuffle = Shuffle(samples, seed=1)
-    drawn = [shuffle.index(0, i) for i in range(3000)] + [
-        shuffle.index(0, samples - 1 - i) for i in range(3000)
-    ]
+    drawn = [shuffle.index(0, i) for i in range(3000)] + [shuffle.index(0, samples - 1 - i) for i in range(3000)]
     assert len(set(drawn)) == 6000
     assert all(0 <= index < samples for index in drawn)
 

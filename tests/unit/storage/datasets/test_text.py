@@ -111,9 +111,7 @@ def test_an_unreadable_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
         raise PermissionError(13, "Permission denied", str(self))
 
     monkeypatch.setattr(Path, "read_bytes", refused)
-    with pytest.raises(
-        CorpusError, match=r"secret\.txt cannot be read \(Permission denied\); make it readable"
-    ):
+    with pytest.raises(CorpusError, match=r"secret\.txt cannot be read \(Permission denied\); make it readable"):
         TextBytes(str(path), 1)
 
 

@@ -1,0 +1,116 @@
+"""A run's status and result, put together from what its supervisor keeps. No state, no I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from everstep.actors.journal import Journal
+from everstep.collectives import membership as mb
+from everstep.platform.cluster import staffing as st
+from everstep.platform.cluster.desk import Desk
+from everstep.platform.cluster.ledger import Ledger
+from everstep.platform.job.result import Failure, Loss, RunResult
+from everstep.platform.job.spec import JobSpec
+from everstep.platform.job.status import Phase, Status
+
+
+@dataclass(frozen=True)
+class Books:
+    """Everything that reports draw on. `urls`: finished checkpoints."""
+
+    spec: JobSpec
+    host: str
+    started_at: float  # wall clock
+    desk: Desk
+    ledger: Ledger
+    journal: Journal
+    urls: list[str]
+
+
+def domain_of(slot: int) -> str:
+    """In the embedded mode a failure domain is a rank's slot."""
+    return f"slot-{slot}"
+
+
+def status_of(
+    books: Books,
+    phase: Phase,
+    membership: mb.State,
+    staffing: st.State,
+    failure: Failure | None,
+    pid: Callable[[str], int | None],
+) -> Status:
+    spec, ledger = books.spec, books.ledger
+    step_s = ledger.step_s
+    samples = spec.lanes * spec.lane_batch / step_s if step_s else None
+    tokens = ledger.metrics.get("tokens_per_sample")
+    return Status(
+        job=spec.name,
+        run=spec.run_name,
+        phase=phase,
+        step=ledger.step,
+        steps=spec.steps,
+        loss=ledger.losses.get(ledger.step),
+        samples_per_s=samples,
+        tokens_per_s=samples * tokens if samples and tokens else None,
+        step_s=step_s,
+        ranks=len(mb.current_members(membership)),
+        ranks_target=membership.target,
+        members=_members(membership, staffing, pid),
+        last_event=books.journal.last_text,
+        recoveries=len(ledger.recoveries),
+        checkpoint=books.urls[-1] if books.urls else None,
+        started_at=books.started_at,
+        error=failure.message if failure else None,
+        host=books.host,
+    )
+
+
+def _members(membership: mb.State, staffing: st.State, pid: Callable[[str], int | None]) -> list[dict[str, Any]]:
+    ranks = {member.name: rank for rank, member in enumerate(mb.current_members(membership))}
+    shown: list[dict[str, Any]] = []
+    for index, slot in enumerate(staffing.slots):
+        common = {"slot": index, "domain": domain_of(index)}
+        if slot.trainer:
+            rank = ranks.get(slot.trainer)
+            state = "in view" if rank is not None else "spare" if slot.ready else "starting"
+            shown.append({"name": slot.trainer, "rank": rank, "pid": pid(slot.trainer), "state": state, **common})
+        if slot.manager:
+            state = "up" if slot.manager_up else "starting"
+            shown.append({"name": slot.manager, "rank": None, "pid": pid(slot.manager), "state": state, **common})
+    return shown
+
+
+def result_of(books: Books, failure: Failure | None, problem: str, now: float) -> RunResult:
+    """The run's end. `problem` is why a run without failure did not get to its last step."""
+    spec, ledger, desk = books.spec, books.ledger, books.desk
+    losses = ledger.committed_losses()
+    complete = bool(desk.state_sha256) and failure is None
+    stopped = bool(desk.stop_reason) and ledger.step < spec.steps
+    if failure is None and not complete and not stopped:
+        failure = Failure(kind="internal", message=problem or "the run was ended before its last step")
+    goodput = ledger.goodput(now)
+    return RunResult(
+        job=spec.name,
+        run=spec.run_name,
+        ok=complete and not stopped,
+        steps=ledger.step,
+        state_sha256=desk.state_sha256,
+        loss=Loss(first=losses[0] if losses else None, last=losses[-1] if losses else None),
+        losses=losses,
+        wall_s=ledger.wall_s(now),
+        ranks_final=ledger.ranks,
+        recoveries=ledger.recoveries,
+        rescales=ledger.rescales,
+        snapshots=ledger.snapshots(),
+        checkpoints=books.urls,
+        findings=books.journal.findings,
+        goodput=goodput,
+        host=books.host,
+        skipped=ledger.skipped,
+        stopped=stopped,
+        metrics=ledger.metrics,
+        error=failure,
+    )

@@ -1,0 +1,77 @@
+"""Tasks that a test can hold at a step, and tasks that fail in a chosen way.
+
+Every one is a small model on synthetic data. The `args` that only steer a test (gates, trace, fail) have no
+influence on bits.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import everstep as es
+from everstep.platform.training.task_loader import find_task
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+Mlp = find_task("tiny.py:Mlp", EXAMPLES)
+Norm = find_task("tiny.py:Norm", EXAMPLES)
+Tokens = find_task("tiny.py:Tokens", EXAMPLES)
+
+GATE_PATIENCE_S = 120.0  # a gate that nobody opens fails its test here at the latest
+LOOK_S = 0.005
+
+
+class Gated(Mlp):
+    """Mlp that waits in front of step N as long as there is a file `gates/N`, and writes down who computes.
+
+    `trace`: a file that gets one line "pid step lane" a computed lane.
+    """
+
+    defaults = {**Mlp.defaults, "gates": "", "trace": ""}
+
+    def loss(self, model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor], ctx: es.LaneContext) -> torch.Tensor:
+        if self.args.trace:
+            with open(self.args.trace, "a") as file:
+                file.write(f"{os.getpid()} {ctx.step} {ctx.lane}\n")
+        if self.args.gates:
+            pass_gate(Path(self.args.gates, str(ctx.step)))
+        value: torch.Tensor = super().loss(model, batch, ctx)
+        return value
+
+
+def pass_gate(gate: Path) -> None:
+    deadline = time.monotonic() + GATE_PATIENCE_S
+    while gate.exists():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"nobody opened {gate}")
+        time.sleep(LOOK_S)
+
+
+class Failing(Mlp):
+    """Mlp that goes wrong at one step and lane. `how`: raise, build, nan (once), nans (from then on)."""
+
+    defaults = {**Mlp.defaults, "how": "raise", "at_step": 4, "lane": 5, "armed": ""}
+
+    def model(self) -> nn.Module:
+        # The check before the run builds the model too, without the file.
+        if self.args.how == "build" and Path(self.args.armed).exists():
+            raise RuntimeError("the blueprint is gone")
+        model: nn.Module = super().model()
+        return model
+
+    def loss(self, model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor], ctx: es.LaneContext) -> torch.Tensor:
+        value: torch.Tensor = super().loss(model, batch, ctx)
+        now = ctx.step == self.args.at_step or (self.args.how == "nans" and ctx.step > self.args.at_step)
+        if now and ctx.lane == self.args.lane:
+            if self.args.how == "raise":
+                self.stumble()
+            if self.args.how in ("nan", "nans"):
+                return value * float("nan")
+        return value
+
+    def stumble(self) -> None:
+        raise ZeroDivisionError("there is a hole in the road")
