@@ -39,6 +39,8 @@ from everstep.storage.segment import SegmentMap, create_segment, read_index, rea
 
 log = logging.getLogger(__name__)
 
+_HANG_UP_GRACE_S = 0.5
+
 
 class _Trainer(msgspec.Struct):
     peer: Peer
@@ -176,10 +178,12 @@ class Manager:
                     self._send_stock(prepare)
 
     def _on_trainer_gone(self, peer: Peer) -> None:
-        """The stream broke; the judge will see the process end, or the member is evicted as one that hung up."""
+        """The stream broke: the judge sees the process end within milliseconds, or it hung up and lives."""
         name = self._names.pop(peer.ident, None)
-        if name is not None and not self._done.is_set() and self._judge.alive(name):
-            self._on_dead(name, "hung up", 0.0)
+        if name is None or self._done.wait(_HANG_UP_GRACE_S):
+            return
+        if self._judge.alive(name):
+            self._on_dead(name, "hung up", _HANG_UP_GRACE_S * 1000)
 
     def _on_dead(self, name: str, cause: str, detected_ms: float) -> None:
         with self._lock:

@@ -18,12 +18,13 @@ from typing import Any
 import msgspec
 
 from everstep.actors.checkpoints import CheckpointDesk
-from everstep.actors.config import FaultReached, Saved, TaskFailed, Wake
+from everstep.actors.config import FaultReached, Saved, TaskFailed
 from everstep.actors.endpoint import answer
 from everstep.actors.host import Host
 from everstep.actors.journal import Journal
 from everstep.actors.reports import Books, result_of, status_of
 from everstep.actors.run_config import RunConfig
+from everstep.actors.scripted import Script
 from everstep.actors.staff import Staff
 from everstep.actors.stalls import StallJudge
 from everstep.actors.watchers import Watcher, Watchers
@@ -65,8 +66,9 @@ class Supervisor:
         self._books = Books(spec, config.host_name, time.time(), self._desk, self._ledger, self._journal, urls)
         self._watchers = Watchers()
         self._stalls = StallJudge(spec.timeouts.stall_s)
-        self._scales = {f.at_step: f.to for f in spec.faults if f.do == "scale" and f.to is not None}
+        self._script = Script(spec.faults, self._watchers)
         self._admission = Admission()
+        self._user_errors = 0
         self._released: m.ViewId | None = None
         self._phase: Phase = "starting"
         self._result: RunResult | None = None
@@ -189,6 +191,7 @@ class Supervisor:
                     self._watcher_lost(watcher.domain, "its stream broke")
             case ("exit", name, cause):
                 if self._ended_at is None and name.startswith("rank-"):
+                    self._ledger.explain(name, cause)
                     self._member_died(name, cause, 0.0)
                 self._staff.handle(st.ProcessExit(name, cause))
             case ("scale", ranks):
@@ -283,15 +286,10 @@ class Supervisor:
         return self._spec.exact
 
     def _on_fault(self, name: str, watcher: Watcher, reached: FaultReached) -> None:
-        fault = self._spec.faults[reached.index]
         self._desk.fired.add(reached.index)
         self._ledger.fault_reached(time.monotonic())
-        text = f"scripted: {fault.do} rank {fault.rank} ({name}) at step {reached.step}, phase {fault.phase}"
+        text = self._script.reached(name, watcher.domain, reached)
         self._note("fault", text, index=reached.index, name=name)
-        if fault.wake_s is not None:
-            wake = m.Order("wake", msgspec.msgpack.encode(Wake(name, fault.wake_s)))
-            self._watchers.tell(watcher.domain, wake)
-        self._watchers.tell_members((name,), m.Order("fault", msgspec.msgpack.encode(reached.index)))
 
     def _on_failed(self, name: str, failed: TaskFailed) -> None:
         names = [member.name for member in mb.current_members(self._membership)]
@@ -303,6 +301,11 @@ class Supervisor:
             lane=failed.lane if failed.lane >= 0 else None,
             traceback=failed.traceback,
         )
+        self._user_errors += failed.kind == "task"
+        if failed.kind == "task" and (limit := self._spec.limits.user) and (limit < 0 or self._user_errors <= limit):
+            # The rank's process ends by itself; another one tries again, as if the machine had failed.
+            self._note("user error", f"{failed.message} ({self._user_errors} of limits.user: {limit})", name=name)
+            return
         self._end(failure)
 
     # ---- deaths -----------------------------------------------------------------------------------------
@@ -310,12 +313,8 @@ class Supervisor:
     def _member_died(self, name: str, cause: str, detected_ms: float) -> None:
         if name in self._membership.ready:
             self._member(mb.MemberDied(name, cause, detected_ms))
-            if not self._awaits_fence(name):
+            if not self._script.is_woken(name):
                 self._staff.host.kill(name)
-
-    def _awaits_fence(self, name: str) -> bool:
-        """Its living watcher kills it, and says when it is gone; a scripted wake-up must not be cut short."""
-        return name in self._membership.unfenced and any(f.wake_s is not None for f in self._spec.faults)
 
     def _watcher_lost(self, domain: str, why: str) -> None:
         watcher = self._watchers.drop(domain)
@@ -420,8 +419,8 @@ class Supervisor:
             self._note("skip", f"step {step} is skipped: loss or gradients are not finite", step=step)
         if verdict.last:
             self._phase = "finishing"
-        if step in self._scales:
-            self._scale(self._scales.pop(step))
+        if (ranks := self._script.scales.pop(step, None)) is not None:
+            self._scale(ranks)
 
     # ---- requests ---------------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ class _Incident:
 
     detected_at: float
     fault_at: float
+    names: list[str] = field(default_factory=list)
     causes: list[str] = field(default_factory=list)
     ranks: list[int] = field(default_factory=list)
     step_before: int = 0
@@ -56,6 +57,7 @@ class Ledger:
         self._snapshots = 0
         self._step_times: list[float] = []
         self._fault_at: float | None = None
+        self._explained: dict[str, str] = {}
 
     def _book(self, kind: str, now: float) -> float:
         spent, self._mark = now - self._mark, now
@@ -74,9 +76,18 @@ class Ledger:
         if self._incident is None:
             fault_at = self._fault_at if self._fault_at is not None else now - lost.detected_ms / 1000
             self._incident = _Incident(now, min(fault_at, now), step_before=self.step)
-        self._incident.causes.append(lost.cause)
+        self._incident.names.append(lost.name)
+        self._incident.causes.append(self._explained.get(lost.name, lost.cause))
         self._incident.ranks.append(lost.rank)
         self._fault_at = None
+
+    def explain(self, name: str, cause: str) -> None:
+        """How a process ended, from whoever reaped it; a judge that only saw it go knows less."""
+        self._explained[name] = cause
+        if self._incident is not None and name in self._incident.names:
+            place = self._incident.names.index(name)
+            if not self._incident.causes[place].startswith("frozen"):
+                self._incident.causes[place] = cause
 
     def pause(self, now: float) -> None:
         """A view ends in order, at a step boundary."""

@@ -236,13 +236,17 @@ class RankState:
     def places(self) -> Iterator[Place]:
         """Everything that this rank holds, in a fixed order."""
         positions = {name: i for i, (name, _) in enumerate(self.params)}
+        seen: set[tuple[str, str]] = set()  # a scalar is there once, however many pieces of its tensor are held
         for piece in self.pieces:
             tensor = piece.tensor
             kind = "buffer" if tensor.is_buffer else "param"
             data = self.master.view(piece.flat, piece.flat + piece.numel)
             yield Place(TensorMeta(tensor.name, kind, "float32", tensor.shape), piece.start, piece.stop, data)
             if not tensor.is_buffer and positions[tensor.name] in self.touched:
-                yield from (Place(m, a, b, t) for m, a, b, t in self.optimizers.places(piece))
+                for meta, start, stop, flat in self.optimizers.places(piece):
+                    if self.optimizers.like_param(tensor.name, meta.kind) or meta.key not in seen:
+                        seen.add(meta.key)
+                        yield Place(meta, start, stop, flat)
         for (name, _), committed in zip(self.integers, self._integers, strict=True):
             meta = TensorMeta(name, "buffer", dtype_name(committed), tuple(committed.shape))
             yield Place(meta, 0, meta.numel, committed.reshape(-1))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -31,7 +32,7 @@ class Gated(Mlp):
     `trace`: a file that gets one line "pid step lane" a computed lane.
     """
 
-    defaults = {**Mlp.defaults, "gates": "", "trace": ""}
+    defaults: ClassVar = {**Mlp.defaults, "gates": "", "trace": ""}
 
     def loss(self, model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor], ctx: es.LaneContext) -> torch.Tensor:
         if self.args.trace:
@@ -54,7 +55,7 @@ def pass_gate(gate: Path) -> None:
 class Failing(Mlp):
     """Mlp that goes wrong at one step and lane. `how`: raise, build, nan (once), nans (from then on)."""
 
-    defaults = {**Mlp.defaults, "how": "raise", "at_step": 4, "lane": 5, "armed": ""}
+    defaults: ClassVar = {**Mlp.defaults, "how": "raise", "at_step": 4, "lane": 5, "armed": ""}
 
     def model(self) -> nn.Module:
         # The check before the run builds the model too, without the file.

@@ -1,0 +1,154 @@
+"""A live run for benchmarks: `everstep run` in a process of its own, watched from outside.
+
+Owns the child process and one thread that follows the run's metrics.jsonl. One thread may use a `LiveRun`.
+"""
+
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from everstep.actors.client import SupervisorClient
+from everstep.platform.job.registry import Registry
+from everstep.platform.job.spec import JobSpec
+from everstep.platform.job.status import Event, Status
+
+TAIL_S = 0.002
+START_LIMIT_S = 60.0
+
+
+class BenchmarkFailed(Exception):
+    """Something did not happen in its time; the message says what, and holds the end of the log."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One committed step as seen from outside; `at_s` is wall time."""
+
+    at_s: float
+    step: int
+    ranks: int
+
+
+class Tail(threading.Thread):
+    """Follows a file of JSON lines and notes when each was first seen."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(name="tail", daemon=True)
+        self._path = path
+        self._end = threading.Event()
+        self.lines: list[Line] = []  # only appended to
+
+    def run(self) -> None:
+        while not self._path.exists():
+            if self._end.wait(TAIL_S):
+                return
+        rest = ""
+        with self._path.open() as file:
+            while not self._end.wait(TAIL_S):
+                text = file.read()
+                if not text:
+                    continue
+                now = time.time()
+                *whole, rest = (rest + text).split("\n")
+                for line in map(json.loads, whole):
+                    self.lines.append(Line(now, line["step"], line.get("ranks", 0)))
+
+    def stop(self) -> None:
+        self._end.set()
+        self.join()
+
+
+class LiveRun:
+    """A job that runs as `everstep run` in a process of its own, watched through its public client."""
+
+    def __init__(self, spec_path: Path, overrides: Sequence[str], host: str, state: Path) -> None:
+        name = f"bench-{secrets.token_hex(4)}"
+        self.pids: set[int] = set()
+        self._state = state
+        self._log = state / "run.log"
+        command = [sys.executable, "-m", "everstep", "run", str(spec_path), "--host", host]
+        command += [word for value in [*overrides, f"run={name}"] for word in ("--set", value)]
+        with self._log.open("wb") as log:
+            environment = {**os.environ, "EVERSTEP_STATE": str(state)}
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment
+            )
+        self._client: SupervisorClient | None = None
+        self._job = JobSpec.load(spec_path, list(overrides)).name
+        self.tail = Tail(state / "runs" / self._job / name / "metrics.jsonl")
+        self.tail.start()
+
+    def connect(self) -> None:
+        """Waits until the supervisor answers. Raises BenchmarkFailed."""
+
+        def ready() -> bool:
+            entry = next((e for e in Registry(self._state).runs() if e.record.supervisor), None)
+            if entry is None:
+                return False
+            self._client = SupervisorClient(entry.record.supervisor, entry.token())
+            with suppress(ConnectionError):
+                self.status()
+                return True
+            return False
+
+        self.wait(ready, START_LIMIT_S, "the run to start", every_s=0.1)
+
+    def status(self) -> Status:
+        assert self._client is not None
+        status = self._client.status()
+        self.pids |= {member["pid"] for member in status.members if member["pid"]}
+        return status
+
+    def events(self, after: int) -> list[Event]:
+        assert self._client is not None
+        return self._client.events(after)
+
+    def wait(self, ready: Callable[[], bool], limit_s: float, what: str, every_s: float = 0.01) -> None:
+        """Raises BenchmarkFailed after `limit_s`, or when the run has ended."""
+        deadline = time.monotonic() + limit_s
+        while not ready():
+            if self._process.poll() is not None:
+                raise BenchmarkFailed(f"the run ended (exit {self._process.returncode}): {end_of(self._log)}")
+            if time.monotonic() > deadline:
+                raise BenchmarkFailed(f"waited {limit_s:g} s for {what}: {end_of(self._log)}")
+            time.sleep(every_s)
+
+    def close(self) -> None:
+        """Stops the run; after 30 s with violence."""
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGKILL):
+            with suppress(ProcessLookupError):
+                self._process.send_signal(number)
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(15)
+                break
+        self.tail.stop()
+
+    def left(self) -> list[int]:
+        """Processes of the run that live 15 s after its end."""
+        deadline = time.monotonic() + 15
+        while (living := sorted(pid for pid in self.pids if alive(pid))) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return living
+
+
+def alive(pid: int) -> bool:
+    """Whether the process runs (a zombie does not)."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:
+        return False
+    return chr(stat[stat.rindex(b")") + 2]) not in "ZX"
+
+
+def end_of(log: Path) -> str:
+    """The last lines of a log, for an error message."""
+    return "\n" + "\n".join(log.read_text(errors="replace").splitlines()[-15:])
