@@ -16,7 +16,7 @@ import ray
 
 from everstep.actors.client import SupervisorClient
 from everstep.actors.ray_cluster import ConnectedRay, EmbeddedRay, connect
-from everstep.actors.ray_supervisor import SupervisorRef, start_supervisor
+from everstep.actors.ray_supervisor import RunExists, SupervisorFailed, SupervisorRef, start_supervisor
 from everstep.actors.run_folder import RunFolder
 from everstep.actors.supervisor_process import SupervisorConfig
 from everstep.platform.cluster.desk import Resume
@@ -33,8 +33,16 @@ _util: Any = ray.util  # untyped
 def launch_ray(
     spec: JobSpec, spec_dir: Path, address: str | None, resume: Resume, epoch: int, registration: Registration
 ) -> RunHandle:
-    """Starts the run; `address` (else RAY_ADDRESS) names a cluster, without one a Ray is embedded."""
-    return _RayRun(spec, spec_dir, address or os.environ.get("RAY_ADDRESS"), resume, epoch, registration)
+    """Starts the run; `address` (else RAY_ADDRESS) names a cluster, without one a Ray is embedded.
+
+    Raises ConnectionError when there is no such cluster or the supervisor cannot start there.
+    """
+    where = address or os.environ.get("RAY_ADDRESS")
+    try:
+        return _RayRun(spec, spec_dir, where, resume, epoch, registration)
+    except (SupervisorFailed, RunExists, RuntimeError, ValueError) as error:
+        place = f"the Ray cluster at {where}" if where else "an embedded local Ray"
+        raise ConnectionError(f"the run could not be started on {place}: {error}") from error
 
 
 class _RayRun:

@@ -76,6 +76,7 @@ def _members(membership: mb.State, staffing: st.State, pid: Callable[[str], int 
         if slot.trainer:
             rank = ranks.get(slot.trainer)
             state = "in view" if rank is not None else "spare" if slot.ready else "starting"
+            state = "leaving" if slot.trainer in staffing.stopping else state
             shown.append({"name": slot.trainer, "rank": rank, "pid": pid(slot.trainer), "state": state, **common})
         if slot.manager:
             state = "up" if slot.manager_up else "starting"

@@ -12,7 +12,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -27,17 +27,17 @@ from everstep.actors.run_config import RunConfig
 from everstep.actors.scripted import Script
 from everstep.actors.staff import Staff
 from everstep.actors.stalls import StallJudge
+from everstep.actors.transactions import Outlets, Transactions
 from everstep.actors.watchers import Watcher, Watchers
 from everstep.collectives import membership as mb
 from everstep.collectives import messages as m
 from everstep.collectives.control import ControlServer, Peer
 from everstep.platform.cluster import staffing as st
 from everstep.platform.cluster.admission import Admission
-from everstep.platform.cluster.desk import Desk, Judgement
+from everstep.platform.cluster.desk import Desk
 from everstep.platform.cluster.ledger import Ledger
 from everstep.platform.job.result import Failure, RunResult
-from everstep.platform.job.status import Event, Phase, Status
-from everstep.platform.training.recovery import Lost
+from everstep.platform.job.status import Event, Status
 
 log = logging.getLogger(__name__)
 
@@ -69,8 +69,8 @@ class Supervisor:
         self._script = Script(spec.faults, self._watchers)
         self._admission = Admission()
         self._user_errors = 0
-        self._released: m.ViewId | None = None
-        self._phase: Phase = "starting"
+        outlets = Outlets(self._member, lambda event: self._staff.handle(event), self._end, self._scale)
+        self._transactions = Transactions(self._books, self._watchers, self._checkpoints, self._script, outlets)
         self._result: RunResult | None = None
         self._failure: Failure | None = None
         self._ended_at: float | None = None
@@ -96,7 +96,7 @@ class Supervisor:
             config.spec_dir,
             make_host(self._enqueue("exit")),
             self._server.address,
-            lambda name: self._watchers.tell_members((name,), m.Order("end", b"not needed any more")),
+            self._stop_rank,
             lambda kind, message: self._end(Failure(kind=kind, message=message)),
         )
         self._thread = threading.Thread(target=self._run, name="supervisor", daemon=True)
@@ -134,9 +134,8 @@ class Supervisor:
         return self._journal.after(after)
 
     def status(self) -> Status:
-        return status_of(
-            self._books, self._phase, self._membership, self._staff.state, self._failure, self._staff.host.pid
-        )
+        staff, phase = self._staff, self._transactions.phase
+        return status_of(self._books, phase, self._membership, staff.state, self._failure, staff.host.pid)
 
     def end_processes(self) -> None:
         """Ends the loop and every process of the run, now if it still goes on; the endpoint stays. Idempotent."""
@@ -308,6 +307,11 @@ class Supervisor:
             return
         self._end(failure)
 
+    def _stop_rank(self, name: str) -> None:
+        """It leaves in order, and from now on no view may count on it."""
+        self._watchers.tell_members((name,), m.Order("end", b"not needed any more"))
+        self._member(mb.MemberDied(name, "not needed any more"))
+
     # ---- deaths -----------------------------------------------------------------------------------------
 
     def _member_died(self, name: str, cause: str, detected_ms: float) -> None:
@@ -331,96 +335,11 @@ class Supervisor:
         known, now = self._membership.lost, time.monotonic()
         self._membership, commands, reason = mb.decide(self._membership, event, now)
         for lost in [item for item in self._membership.lost if item not in known]:
-            self._ledger.lost(lost, now)
-            self._phase = "recovering"
-            text = f"rank {lost.rank} ({lost.name}) is lost: {lost.cause}"
-            self._note("lost", text, rank=lost.rank, name=lost.name, cause=lost.cause, detect_ms=lost.detected_ms)
+            self._transactions.lost(lost, now)
         if not isinstance(event, mb.Tick | mb.Voted | mb.Judged):
             log.info("%s", reason)
         for command in commands:
-            self._do(command, now)
-
-    def _do(self, command: mb.Command, now: float) -> None:
-        match command:
-            case mb.SendPrepare(prepare):
-                self._watchers.tell_all(prepare)
-            case mb.Choose(id, members, inventories, stocks):
-                self._choose(id, members, inventories, stocks)
-            case mb.SendView(view):
-                self._watchers.tell_members((member.name for member in view.members), m.NewView(view))
-            case mb.SendGo(view):
-                self._acts(view, now)
-            case mb.Judge(view, step, votes):
-                self._judge(view, step, votes, now)
-            case mb.SendVerdict(view, step, payload, reform):
-                if reform:
-                    self._ledger.pause(now)
-                verdict = m.Verdict(view.id, step, payload, reform)
-                self._watchers.tell_members((member.name for member in view.members), verdict)
-            case mb.Refuse(name, reason):
-                self._watchers.tell_members((name,), m.Excluded(reason))
-            case mb.Fail(reason):
-                self._end(Failure(kind="infrastructure", message=reason))
-
-    def _choose(
-        self,
-        id: m.ViewId,
-        members: tuple[m.Member, ...],
-        inventories: Mapping[str, bytes],
-        stocks: Mapping[str, bytes],
-    ) -> None:
-        try:
-            choice = self._desk.choose(members, inventories, stocks)
-        except Lost as error:
-            self._member(mb.Unchoosable(id, str(error)))
-            return
-        if self._checkpoints is not None:
-            self._checkpoints.abandon(choice.base_step)
-        payload = msgspec.msgpack.encode(self._desk.plan(choice, self._watchers.fetch_addresses()))
-        log.info("view %s: %s", id, choice.reason)
-        self._member(mb.Chosen(id, choice.base_step, payload))
-
-    def _acts(self, view: m.View, now: float) -> None:
-        names = [member.name for member in view.members]
-        self._ledger.acts(view.base_step, len(names), now)
-        self._phase = "training"
-        text = f"view {view.id} acts from step {view.base_step} with {len(names)} ranks: {', '.join(names)}"
-        self._note("view", text, view=str(view.id), step=view.base_step, ranks=len(names), members=names)
-        self._watchers.tell_members(names, m.Go(view.id))
-        self._staff.handle(st.ViewActs(frozenset(names)))
-
-    def _judge(self, view: m.View, step: int, votes: Mapping[str, bytes], now: float) -> None:
-        judgement = self._desk.judge(step, votes)
-        verdict = judgement.verdict
-        if verdict.outcome == "failed":
-            kind = "nonfinite" if "finite" in verdict.error else "task"
-            self._end(Failure(kind=kind, message=verdict.error, step=step))
-            return
-        if verdict.outcome in ("commit", "skip"):
-            self._committed(step, judgement, now)
-        if verdict.protected_step >= view.base_step and self._released != view.id:
-            self._released = view.id  # the new layout is protected: segments of older ones may go
-            self._watchers.tell_all(m.Order("release", msgspec.msgpack.encode(view.id)))
-        payload = msgspec.msgpack.encode(verdict)
-        self._member(mb.Judged(view.id, step, payload, judgement.finished, verdict.protected_step))
-        if judgement.finished:
-            self._end(None)
-
-    def _committed(self, step: int, judgement: Judgement, now: float) -> None:
-        verdict = judgement.verdict
-        stalls = [vote.stall_s for vote in judgement.votes.values()]
-        known = len(self._ledger.recoveries)
-        skipped = verdict.outcome == "skip"
-        spent = self._ledger.committed(step, verdict.loss, verdict.metrics, stalls, skipped, now)
-        self._journal.metrics(step, verdict, spent, judgement.votes)
-        for recovery in self._ledger.recoveries[known:]:
-            self._journal.recovered(recovery)
-        if skipped:
-            self._note("skip", f"step {step} is skipped: loss or gradients are not finite", step=step)
-        if verdict.last:
-            self._phase = "finishing"
-        if (ranks := self._script.scales.pop(step, None)) is not None:
-            self._scale(ranks)
+            self._transactions.do(command, now)
 
     # ---- requests ---------------------------------------------------------------------------------------
 
@@ -452,7 +371,7 @@ class Supervisor:
             return
         self._failure = failure
         self._ended_at = time.monotonic()
-        self._phase = "finishing"
+        self._transactions.phase = "finishing"
         self._staff.handle(st.Close())
         if failure is not None:
             self._note("failed", failure.message, **msgspec.to_builtins(failure))
@@ -463,6 +382,6 @@ class Supervisor:
             return
         self._result = result_of(self._books, self._failure, problem, time.monotonic())
         self._ended_at = self._ended_at or time.monotonic()
-        self._phase = "ended"
+        self._transactions.phase = "ended"
         self._note("ended", "the run has ended", ok=self._result.ok)
         self._watchers.end()

@@ -100,7 +100,7 @@ def test_killing_everybody_does_not_matter(zero: int):
     assert_same_bits(done.result, spec)
     assert_every_verdict_is_the_references(done, spec)
     assert len(done.kinds("fault")) == 2
-    assert sorted(rank for _, _, who in recoveries(done) for rank in who) == [0, 1]
+    assert sum(len(who) for _, _, who in recoveries(done)) == 2
 
 
 def test_a_zombie_that_wakes_up_changes_nothing(tmp_path: Path):

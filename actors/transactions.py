@@ -1,0 +1,142 @@
+"""Carries out what the membership decides: prepares, views, verdicts, and the books that go with them.
+
+Between collectives.membership (who, when) and platform.cluster.desk (from where, to what). Belongs to the
+supervisor's loop; `phase` may be read from any thread.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import msgspec
+
+from everstep.actors.checkpoints import CheckpointDesk
+from everstep.actors.reports import Books
+from everstep.actors.scripted import Script
+from everstep.actors.watchers import Watchers
+from everstep.collectives import membership as mb
+from everstep.collectives import messages as m
+from everstep.platform.cluster import staffing as st
+from everstep.platform.cluster.desk import Judgement
+from everstep.platform.job.result import Failure
+from everstep.platform.job.status import Phase
+from everstep.platform.training.recovery import Lost
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Outlets:
+    """Where news goes: back to the membership, to the staffing, to the end of the run, to a new target."""
+
+    member: Callable[[mb.Event], None]
+    staff: Callable[[st.Event], None]
+    end: Callable[[Failure | None], None]
+    scale: Callable[[int], None]
+
+
+class Transactions:
+    def __init__(
+        self, books: Books, watchers: Watchers, checkpoints: CheckpointDesk | None, script: Script, outlets: Outlets
+    ) -> None:
+        self._desk = books.desk
+        self._ledger = books.ledger
+        self._journal = books.journal
+        self._watchers = watchers
+        self._checkpoints = checkpoints
+        self._script = script
+        self._out = outlets
+        self._released: m.ViewId | None = None
+        self.phase: Phase = "starting"
+
+    def lost(self, lost: m.Lost, now: float) -> None:
+        """A member of the view was declared dead."""
+        self._ledger.lost(lost, now)
+        self.phase = "recovering"
+        data = {"rank": lost.rank, "name": lost.name, "cause": lost.cause, "detect_ms": lost.detected_ms}
+        self._journal.add("lost", f"rank {lost.rank} ({lost.name}) is lost: {lost.cause}", data)
+
+    def do(self, command: mb.Command, now: float) -> None:
+        match command:
+            case mb.SendPrepare(prepare):
+                self._watchers.tell_all(prepare)
+            case mb.Choose(id, members, inventories, stocks):
+                self._choose(id, members, inventories, stocks)
+            case mb.SendView(view):
+                self._watchers.tell_members((member.name for member in view.members), m.NewView(view))
+            case mb.SendGo(view):
+                self._acts(view, now)
+            case mb.Judge(view, step, votes):
+                self._judge(view, step, votes, now)
+            case mb.SendVerdict(view, step, payload, reform):
+                if reform:
+                    self._ledger.pause(now)
+                verdict = m.Verdict(view.id, step, payload, reform)
+                self._watchers.tell_members((member.name for member in view.members), verdict)
+            case mb.Refuse(name, reason):
+                self._watchers.tell_members((name,), m.Excluded(reason))
+            case mb.Fail(reason):
+                self._out.end(Failure(kind="infrastructure", message=reason))
+
+    def _choose(
+        self,
+        id: m.ViewId,
+        members: tuple[m.Member, ...],
+        inventories: Mapping[str, bytes],
+        stocks: Mapping[str, bytes],
+    ) -> None:
+        try:
+            choice = self._desk.choose(members, inventories, stocks)
+        except Lost as error:
+            self._out.member(mb.Unchoosable(id, str(error)))
+            return
+        if self._checkpoints is not None:
+            self._checkpoints.abandon(choice.base_step)
+        payload = msgspec.msgpack.encode(self._desk.plan(choice, self._watchers.fetch_addresses()))
+        log.info("view %s: %s", id, choice.reason)
+        self._out.member(mb.Chosen(id, choice.base_step, payload))
+
+    def _acts(self, view: m.View, now: float) -> None:
+        names = [member.name for member in view.members]
+        self._ledger.acts(view.base_step, len(names), now)
+        self.phase = "training"
+        text = f"view {view.id} acts from step {view.base_step} with {len(names)} ranks: {', '.join(names)}"
+        data = {"view": str(view.id), "step": view.base_step, "ranks": len(names), "members": names}
+        self._journal.add("view", text, data)
+        self._watchers.tell_members(names, m.Go(view.id))
+        self._out.staff(st.ViewActs(frozenset(names)))
+
+    def _judge(self, view: m.View, step: int, votes: Mapping[str, bytes], now: float) -> None:
+        judgement = self._desk.judge(step, votes)
+        verdict = judgement.verdict
+        if verdict.outcome == "failed":
+            kind = "nonfinite" if "finite" in verdict.error else "task"
+            self._out.end(Failure(kind=kind, message=verdict.error, step=step))
+            return
+        if verdict.outcome in ("commit", "skip"):
+            self._committed(step, judgement, now)
+        if verdict.protected_step >= view.base_step and self._released != view.id:
+            self._released = view.id  # the new layout is protected: segments of older ones may go
+            self._watchers.tell_all(m.Order("release", msgspec.msgpack.encode(view.id)))
+        payload = msgspec.msgpack.encode(verdict)
+        self._out.member(mb.Judged(view.id, step, payload, judgement.finished, verdict.protected_step))
+        if judgement.finished:
+            self._out.end(None)
+
+    def _committed(self, step: int, judgement: Judgement, now: float) -> None:
+        verdict = judgement.verdict
+        stalls = [vote.stall_s for vote in judgement.votes.values()]
+        known = len(self._ledger.recoveries)
+        skipped = verdict.outcome == "skip"
+        spent = self._ledger.committed(step, verdict.loss, verdict.metrics, stalls, skipped, now)
+        self._journal.metrics(step, verdict, spent, judgement.votes)
+        for recovery in self._ledger.recoveries[known:]:
+            self._journal.recovered(recovery)
+        if skipped:
+            self._journal.add("skip", f"step {step} is skipped: loss or gradients are not finite", {"step": step})
+        if verdict.last:
+            self.phase = "finishing"
+        if (ranks := self._script.scales.pop(step, None)) is not None:
+            self._out.scale(ranks)
