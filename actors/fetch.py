@@ -1,7 +1,8 @@
 """Segments across domains: a manager serves byte ranges of its sealed segments, a rank asks for them.
 
 One connection, one request, one answer; mutual proof of the token first. The server reads only files that its
-`resolve` knows, bounds are checked against the segment, and a segment that changes under the read is refused.
+`resolve` knows, sealed ones only ([Note: segment layout]), and checks bounds against the segment; the asker checks
+every fragment that it gets whole against its checksum.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The snapshot manager of one failure domain: it outlives the trainers and keeps their sealed memory.
 
-It relays between its trainers and the coordinator, judges their liveness, fences the dead, owns the segments
-and serves them, and writes checkpoint files from them. Never imports torch.
+It relays between its trainers and the coordinator, judges their liveness ([Note: liveness]), fences the dead before
+it tells its stock ([Note: two rounds]), owns the segments and serves them, and writes checkpoint files from them.
+Never imports torch.
 
 Threads: one reader for the coordinator's stream, one for each trainer's, the judge's, one a checkpoint file;
 `_lock` guards the maps, and no message is sent while it is held by two of them in different order.

@@ -1,7 +1,7 @@
 """A rank's side of the control stream: views and verdicts for its session. Implements `Conductor`.
 
-The control thread only files messages and aborts the mesh of a view that is over; the training thread waits on
-the condition. Segments are mapped and written by the training thread.
+The control thread only files messages and aborts the mesh of a view that is over ([Note: views fence everything]);
+the training thread waits on the condition. Segments are mapped and written by the training thread.
 """
 
 from __future__ import annotations

@@ -45,7 +45,9 @@ def status_of(
     spec, ledger = books.spec, books.ledger
     step_s = ledger.step_s
     samples = spec.lanes * spec.lane_batch / step_s if step_s else None
-    tokens = ledger.metrics.get("tokens_per_sample")
+    # A loss that weighs tokens says how many there were; one that weighs samples says nothing new.
+    tokens = ledger.weight if ledger.weight != spec.lanes * spec.lane_batch else None
+    ended = phase in ("finishing", "ended")
     return Status(
         job=spec.name,
         run=spec.run_name,
@@ -54,9 +56,9 @@ def status_of(
         steps=spec.steps,
         loss=ledger.losses.get(ledger.step),
         samples_per_s=samples,
-        tokens_per_s=samples * tokens if samples and tokens else None,
+        tokens_per_s=tokens / step_s if step_s and tokens else None,
         step_s=step_s,
-        ranks=len(mb.current_members(membership)),
+        ranks=ledger.ranks if ended else len(mb.current_members(membership)),
         ranks_target=membership.target,
         members=_members(membership, staffing, pid),
         last_event=books.journal.last_text,

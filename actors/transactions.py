@@ -129,12 +129,11 @@ class Transactions:
         verdict = judgement.verdict
         stalls = [vote.stall_s for vote in judgement.votes.values()]
         known = len(self._ledger.recoveries)
-        skipped = verdict.outcome == "skip"
-        spent = self._ledger.committed(step, verdict.loss, verdict.metrics, stalls, skipped, now)
+        spent = self._ledger.committed(step, verdict, stalls, now)
         self._journal.metrics(step, verdict, spent, judgement.votes)
         for recovery in self._ledger.recoveries[known:]:
             self._journal.recovered(recovery)
-        if skipped:
+        if verdict.outcome == "skip":
             self._journal.add("skip", f"step {step} is skipped: loss or gradients are not finite", {"step": step})
         if verdict.last:
             self.phase = "finishing"

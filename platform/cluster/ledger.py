@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from everstep.collectives.messages import Lost
 from everstep.platform.job.result import Goodput, Recovery, Rescale, Snapshots
+from everstep.platform.training.messages import Verdict
 
 _RECENT_STEPS = 20
 
@@ -37,6 +38,7 @@ class Ledger:
         self.step = start_step  # newest committed
         self.losses: dict[int, float] = {}
         self.metrics: dict[str, float] = {}
+        self.weight = 0.0  # of the newest step's loss
         self.recoveries: list[Recovery] = []
         self.rescales: list[Rescale] = []
         self.skipped = 0
@@ -107,32 +109,27 @@ class Ledger:
         self.ranks = ranks
         self._acting = True
 
-    def committed(
-        self,
-        step: int,
-        loss: float,
-        metrics: dict[str, float],
-        stalls: Sequence[float],
-        skipped: bool,
-        now: float,
-    ) -> float:
-        """A verdict committed (or skipped) `step`; returns the seconds it took."""
-        stall = max(stalls, default=0.0)
+    def committed(self, step: int, verdict: Verdict, stalls: Sequence[float], now: float) -> float:
+        """The verdict committed or skipped `step`; returns the seconds it took.
+
+        `stalls` are what the ranks waited for their last snapshots, in seconds; the longest held up the step.
+        """
         spent = now - self._mark
         if step <= self._redone_until:
             self._book("lost_work", now)
         else:
             self._book("productive", now)
-            moved = min(stall, spent)
+            moved = min(max(stalls, default=0.0), spent)
             self._booked["productive"] -= moved
             self._booked["snapshot"] += moved
-            self.skipped += skipped
+            self.skipped += verdict.outcome == "skip"
         self._stalls += [s for s in stalls if s > 0]
         self._snapshots += any(s > 0 for s in stalls)
         self._step_times = [*self._step_times[-_RECENT_STEPS:], spent]
         self.step = step
-        self.losses[step] = loss
-        self.metrics = metrics or self.metrics
+        self.losses[step] = verdict.loss
+        self.metrics = verdict.metrics or self.metrics
+        self.weight = verdict.weight
         if self._incident is not None:
             self._close_incident(self._incident, now)
         return spent

@@ -1,6 +1,6 @@
 """Moves gradients to their owners along the lane tree, and updated parameters back.
 
-[Note: lane tree] fixes the sums; this file only decides which rank sends which nodes when. ZeRO 2: each lane's
+The sums are those of [Note: lane tree]; this file only decides which rank sends which nodes when. ZeRO 2: each lane's
 buckets leave as soon as backward has filled them, so a rank never keeps more than its shard and what is on its
 way. ZeRO 0 and 1: a rank first sums its own contiguous lanes and sends the subtrees that remain.
 

@@ -1,7 +1,7 @@
 """The one chooser: from which step a view starts, who owns what, and where the bytes are. Pure.
 
-Newest step first. A step can serve when every byte of its state is in stamped memory of a member, in a sealed
-version of a domain that lives, or in the checkpoint that the run was started from. A commit that is not covered
+Newest step first. A step can serve when every byte of its state is in stamped memory of a member ([Note: stamps]),
+in a sealed version of a domain that lives, or in the checkpoint that the run was started from. A commit that is not covered
 is rolled back: it is computed again, to equal bits.
 """
 

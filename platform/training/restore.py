@@ -1,4 +1,5 @@
-"""Brings a rank's state to a view's base step: own stamped memory first, then segments, then files.
+"""Brings a rank's state to a view's base step: own stamped memory ([Note: stamps]) first, then segments,
+then files.
 
 Everything goes through `plan()`. Belongs to the training thread.
 """

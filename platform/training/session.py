@@ -40,7 +40,7 @@ current_settings: ContextVar[Settings | None] = ContextVar("current_settings", d
 
 @dataclass(frozen=True)
 class Settings:
-    """What of a job matters to a session. `snapshot_every` and `stall_s` in steps and seconds."""
+    """What of a job matters to a session. `steps`: the last one; `stall_s` in seconds."""
 
     steps: int
     lanes: int = 1
@@ -71,7 +71,7 @@ class Session:
     """Trains `model` with `optimizer` (one or several) as this process's rank; alone if there is no job.
 
     `settings`, `task` and `conductor` come from the job inside a rank process. Outside of one, give `settings`
-    (and `dataset` if `batch` is used) and the session trains all lanes in this process.
+    (and `task` if `batch` is used) and the session trains all lanes in this process.
     """
 
     def __init__(

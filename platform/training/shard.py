@@ -27,6 +27,7 @@ from everstep.storage.index import Fragment, Source, StateIndex, TensorMeta
 from everstep.storage.planner import Want
 
 TORN = -1
+_NORM_BLOCKS = 64  # blocks squared at once: 2 MiB of float64 with the smallest block
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
@@ -214,10 +215,12 @@ class RankState:
         for piece in self.layout.pieces(owned):
             if piece.tensor.is_buffer:
                 continue
-            base = piece.tensor.start
-            for start, stop in self.layout.norm_blocks(piece):
-                block = self.reduced.view(base + start, base + stop).double()
-                sums.append(float(block.mul_(block).sum()))
+            base, block = piece.tensor.start, self.layout.block
+            # A block is summed by itself, so its sum does not depend on the piece; the rest goes by many.
+            for start in range(piece.start, piece.stop, _NORM_BLOCKS * block):
+                stop = min(start + _NORM_BLOCKS * block, piece.stop)
+                squares = self.reduced.view(base + start, base + stop).double().square_()
+                sums += [float(each.sum()) for each in squares.split(block)]
         return sums
 
     # ---- state as named tensors -------------------------------------------------------------------------

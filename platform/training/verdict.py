@@ -1,7 +1,7 @@
 """From all votes to the one verdict of a step. Pure, no torch.
 
 Norm blocks are summed with math.fsum, which rounds once, so their order and their owners do not matter.
-Loss sums and weights go through the lane tree. The division by the weight happens once, at apply.
+Loss sums and weights go through the lane tree ([Note: lane tree]). The division by the weight happens once, at apply.
 """
 
 from __future__ import annotations
