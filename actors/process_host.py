@@ -1,8 +1,9 @@
 """A host of plain local processes, forked by a zygote (zygote.py); needs no Ray.
 
-Owns: the zygote, a socket to it, a reader thread, and a pidfd for every living child. The host kills through
-pidfds, so it never hits a process that took over a number. Any thread may call; `on_exit` comes from the
-reader thread. A zygote that dies takes its children with it ([Note: no orphans]); the next `start` makes another one.
+Owns: the zygote, a socket to it, a reader thread, and a pidfd for every living child. The host kills
+through pidfds, so it never hits a process that took over a number. Any thread may call; `on_exit` comes
+from the reader thread. A zygote that dies takes its children with it ([Note: no orphans]); the next
+`start` makes another one.
 """
 
 import logging

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import platform
@@ -34,11 +35,25 @@ def fingerprint(spec: JobSpec, gradient: str) -> dict[str, str]:
     }
 
 
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+
+
+def _keep_freed_memory() -> None:
+    """Has the C library keep what a step frees for the next one: by default it gives gradients and frames back
+    to the kernel and faults them in again, some 5,000 pages a step for 1.8 million parameters.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc has it, musl does not
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 32 << 20)
+        mallopt(_M_TRIM_THRESHOLD, 512 << 20)
+
+
 def main(config: bytes) -> None:
     """Runs one trainer; ends the process with 0 when the run is over for it, 1 when its task failed."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     decoded = msgspec.msgpack.decode(config, type=RankConfig)
     RunFolder.at(Path(decoded.run_folder)).register_pid()
+    _keep_freed_memory()
     spec = JobSpec.parse(decoded.spec)
     torch.set_num_threads(spec.resources.threads)
     conductor = RankConductor(decoded, spec.timeouts.stall_s, os.getpid())

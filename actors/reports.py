@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -90,6 +91,7 @@ def result_of(books: Books, failure: Failure | None, problem: str, now: float) -
     """The run's end. `problem` is why a run without failure did not get to its last step."""
     spec, ledger, desk = books.spec, books.ledger, books.desk
     losses = ledger.committed_losses()
+    finite = [loss for loss in losses if math.isfinite(loss)]
     complete = bool(desk.state_sha256) and failure is None
     stopped = bool(desk.stop_reason) and ledger.step < spec.steps
     if failure is None and not complete and not stopped:
@@ -101,8 +103,8 @@ def result_of(books: Books, failure: Failure | None, problem: str, now: float) -
         ok=complete and not stopped,
         steps=ledger.step,
         state_sha256=desk.state_sha256,
-        loss=Loss(first=losses[0] if losses else None, last=losses[-1] if losses else None),
-        losses=losses,
+        loss=Loss(first=finite[0] if finite else None, last=finite[-1] if finite else None),
+        losses=[_finite(loss) for loss in losses],
         wall_s=ledger.wall_s(now),
         ranks_final=ledger.ranks,
         recoveries=ledger.recoveries,
@@ -114,6 +116,11 @@ def result_of(books: Books, failure: Failure | None, problem: str, now: float) -
         host=books.host,
         skipped=ledger.skipped,
         stopped=stopped,
-        metrics=ledger.metrics,
+        metrics={name: _finite(value) for name, value in ledger.metrics.items()},
         error=failure,
     )
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no NaN."""
+    return value if math.isfinite(value) else None

@@ -30,9 +30,11 @@ def torchrun(
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command += ["--max-restarts=3", str(_SCRIPT), str(spec_path), str(folder)]
     command += [f"--set={value}" for value in overrides]
+    # With torch 2.13's shared store, restarted ranks find the addresses of the dead ones in it and give up.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     with (folder / "torchrun.log").open("wb") as log:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"}
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment
         )
     try:
         yield process

@@ -1,9 +1,10 @@
 """TCP between the members of one view: tagged frames, one connection a pair, threads that block.
 
 A `Listener` lives as long as its process; a `Mesh` belongs to one view and its connections die with it, so a
-frame of an older view cannot arrive. A member's reader threads put frames where `recv` finds them; a sender
-thread a peer writes what `send` queued, so neither side can block the other by the order of its operations.
-`abort` ends every pending and later operation with PeerLost; it may be called from any thread.
+frame of an older view cannot arrive ([Note: views fence everything]). A member's reader threads put frames
+where `recv` finds them; a sender thread a peer writes what `send` queued, so neither side can block the other
+by the order of its operations. `abort` ends every pending and later operation with PeerLost; it may be called
+from any thread.
 """
 
 from __future__ import annotations
@@ -351,7 +352,8 @@ def _context(id: ViewId, rank: int) -> bytes:
 def _read_into(connection: socket.socket, view: memoryview) -> None:
     done = 0
     while done < len(view):
-        count = connection.recv_into(view[done:])
+        # The kernel fills the whole view: one turn for the interpreter lock instead of one a piece.
+        count = connection.recv_into(view[done:], 0, socket.MSG_WAITALL)
         if count == 0:
             raise ConnectionError("closed by the other side")
         done += count

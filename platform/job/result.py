@@ -88,7 +88,8 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
 
 class RunResult(msgspec.Struct, frozen=True, kw_only=True):
     """How a run ended. ok: it did all its steps. steps: the last committed step. losses: this execution's
-    committed steps, in order. stopped: ended early because someone asked. metrics: last values, by name."""
+    committed steps, in order; None (null, for JSON has no NaN) where the step was skipped, its loss not being
+    finite. stopped: ended early because someone asked. metrics: last values, by name; None where not finite."""
 
     job: str
     run: str
@@ -96,7 +97,7 @@ class RunResult(msgspec.Struct, frozen=True, kw_only=True):
     steps: int
     state_sha256: str
     loss: Loss = Loss()
-    losses: list[float] = []
+    losses: list[float | None] = []
     wall_s: float = 0.0
     ranks_final: int = 0
     recoveries: list[Recovery] = []
@@ -108,7 +109,7 @@ class RunResult(msgspec.Struct, frozen=True, kw_only=True):
     host: str = ""
     skipped: int = 0
     stopped: bool = False
-    metrics: dict[str, float] = {}
+    metrics: dict[str, float | None] = {}
     error: Failure | None = None
 
     def to_dict(self) -> dict[str, Any]:

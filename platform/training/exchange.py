@@ -1,8 +1,8 @@
 """Moves gradients to their owners along the lane tree, and updated parameters back.
 
-The sums are those of [Note: lane tree]; this file only decides which rank sends which nodes when. ZeRO 2: each lane's
-buckets leave as soon as backward has filled them, so a rank never keeps more than its shard and what is on its
-way. ZeRO 0 and 1: a rank first sums its own contiguous lanes and sends the subtrees that remain.
+The sums are those of [Note: lane tree]; this file only decides which rank sends which nodes when. ZeRO 2: each
+lane's buckets leave as soon as backward has filled them, so a rank never keeps more than its shard and what is
+on its way. ZeRO 0 and 1: a rank first sums its own contiguous lanes and sends the subtrees that remain.
 
 Belongs to the training thread. Wire order within a step is the same on every rank, tags are unique in a step.
 """
@@ -36,11 +36,19 @@ class Wire(Protocol):
 class Bucket:
     """A contiguous part of the flat space, cut at tensor starts, that is reduced in one go."""
 
-    def __init__(self, index: int, start: int, stop: int, params: Sequence[int]) -> None:
+    def __init__(self, index: int, start: int, stop: int, params: Sequence[int], gaps: Sequence[Run]) -> None:
         self.index = index
         self.start = start
         self.stop = stop
         self.params = tuple(params)  # positions of the tensors that start here
+        self._gaps = [slice(a - start, b - start) for a, b in gaps]
+
+    def empty(self) -> torch.Tensor:
+        """Memory for its gradients, zeros only in the padding: clearing all of it costs as much as filling it."""
+        flat = torch.empty(self.stop - self.start)
+        for gap in self._gaps:
+            flat[gap].zero_()
+        return flat
 
 
 def buckets_of(layout: FlatLayout) -> list[Bucket]:
@@ -50,7 +58,10 @@ def buckets_of(layout: FlatLayout) -> list[Bucket]:
         members.append(position)
         end = layout.tensors[position + 1].start if position + 1 < len(layout.tensors) else layout.total
         if end - start >= BUCKET_ELEMENTS or position + 1 == len(layout.tensors):
-            buckets.append(Bucket(len(buckets), start, end, members))
+            ends = [*(layout.tensors[i].start for i in members[1:]), end]
+            stops = [layout.tensors[i].stop for i in members]
+            gaps = [(a, b) for a, b in zip(stops, ends, strict=True) if a < b]
+            buckets.append(Bucket(len(buckets), start, end, members, gaps))
             start, members = end, []
     return buckets
 

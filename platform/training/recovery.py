@@ -1,8 +1,8 @@
 """The one chooser: from which step a view starts, who owns what, and where the bytes are. Pure.
 
-Newest step first. A step can serve when every byte of its state is in stamped memory of a member ([Note: stamps]),
-in a sealed version of a domain that lives, or in the checkpoint that the run was started from. A commit that is not covered
-is rolled back: it is computed again, to equal bits.
+Newest step first. A step can serve when every byte of its state is in stamped memory of a member
+([Note: stamps]), in a sealed version of a domain that lives, or in the checkpoint that the run was started from.
+A commit that is not covered is rolled back: it is computed again, to equal bits.
 """
 
 from __future__ import annotations

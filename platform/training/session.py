@@ -13,6 +13,7 @@ again once the survivors stand at one base step. Belongs to the training thread.
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
@@ -32,6 +33,8 @@ from everstep.platform.training.restore import restore
 from everstep.platform.training.shard import TORN, RankState
 from everstep.platform.training.state_lines import hash_lines
 from everstep.platform.training.task import CommitEvent, LaneContext, Loss, Task
+
+log = logging.getLogger(__name__)
 
 current_conductor: ContextVar[Conductor | None] = ContextVar("current_conductor", default=None)
 current_task: ContextVar[Task | None] = ContextVar("current_task", default=None)
@@ -273,7 +276,7 @@ class Session:
     def _filling_of(self, bucket: Bucket) -> tuple[torch.Tensor, set[int]]:
         if bucket.index not in self._filling:
             waiting = {i for i in bucket.params if not self.state.layout.tensors[i].is_buffer}
-            self._filling[bucket.index] = (torch.zeros(bucket.stop - bucket.start), waiting)
+            self._filling[bucket.index] = (bucket.empty(), waiting)
         return self._filling[bucket.index]
 
     def _ship(self, bucket: Bucket, lane: int) -> None:
@@ -283,6 +286,8 @@ class Session:
         if bucket.index in self._filling and self._filling[bucket.index][1] == {-1}:
             return  # it left from a hook
         flat, waiting = self._filling_of(bucket)
+        for tensor in (self.state.layout.tensors[i] for i in waiting):
+            flat[tensor.start - bucket.start : tensor.stop - bucket.start].zero_()
         first_buffer, end = self.state.buffer_range
         start, stop = max(bucket.start, first_buffer), min(bucket.stop, end)
         if stop > start:
@@ -375,15 +380,25 @@ class Session:
         conductor, state = self._conductor, self.state
         seat = conductor.take_seat(self._inventory)
         conductor.fault_point("recovery", seat.base_step)
+        marks = [time.perf_counter()]
         with torch.no_grad():
             whole = [(0, state.layout.total)]
             runs = whole if self.settings.zero == 0 else list(seat.plan.owned[seat.rank])
             restore(state, runs, seat, conductor)
+            marks.append(time.perf_counter())
             conductor.level(seat)
+            marks.append(time.perf_counter())
             self._gather(seat)
+            marks.append(time.perf_counter())
             self._last = False
             self._stall_s = conductor.snapshot(state, lambda: None)
+            marks.append(time.perf_counter())
         self._seat = seat
+        spent = " ".join(
+            f"{what} {1000 * (b - a):.0f} ms"
+            for what, a, b in zip(("restored", "level", "gathered", "sealed"), marks, marks[1:], strict=False)
+        )
+        log.info("rank %d of %d in view %s from step %d: %s", seat.rank, seat.ranks, seat.view, seat.base_step, spent)
 
     def _inventory(self) -> Inventory:
         """What this rank offers; unsealed stamped state is sealed first, so that others can read it."""

@@ -215,12 +215,13 @@ class RankState:
         for piece in self.layout.pieces(owned):
             if piece.tensor.is_buffer:
                 continue
-            base, block = piece.tensor.start, self.layout.block
-            # A block is summed by itself, so its sum does not depend on the piece; the rest goes by many.
-            for start in range(piece.start, piece.stop, _NORM_BLOCKS * block):
-                stop = min(start + _NORM_BLOCKS * block, piece.stop)
+            base, blocks = piece.tensor.start, self.layout.norm_blocks(piece)
+            # Each block is summed by itself, so its sum does not depend on the piece; squares do not care.
+            for first in range(0, len(blocks), _NORM_BLOCKS):
+                some = blocks[first : first + _NORM_BLOCKS]
+                start, stop = some[0][0], some[-1][1]
                 squares = self.reduced.view(base + start, base + stop).double().square_()
-                sums += [float(each.sum()) for each in squares.split(block)]
+                sums += [float(squares[a - start : b - start].sum()) for a, b in some]
         return sums
 
     # ---- state as named tensors -------------------------------------------------------------------------

@@ -130,7 +130,8 @@ def status(job: JobName, json_: AsJson = False) -> None:
     print(f"{entry.name}: {entry.state}")
     print(displays.status_line(now))
     for member in now.members:
-        rank = "spare" if member.get("rank") is None else f"rank {member['rank']}"
+        role = "manager" if str(member["name"]).startswith("manager") else "spare"
+        rank = role if member.get("rank") is None else f"rank {member['rank']}"
         print(f"  {member.get('name', '?')}: {rank}, {member.get('state', '')}, pid {member.get('pid', '')}")
     if now.checkpoint:
         print(f"checkpoint: {now.checkpoint}")

@@ -53,12 +53,15 @@ def pass_gate(gate: Path) -> None:
 
 
 class Failing(Mlp):
-    """Mlp that goes wrong at one step and lane. `how`: raise, build, nan (once), nans (from then on)."""
+    """Mlp that goes wrong at one step and lane.
+
+    `how`: raise; raise-once, for as long as there is a file `armed`, which it removes; build, in model(), where
+    there is a file `armed`; nan, that step's loss only; nans, from then on; never.
+    """
 
     defaults: ClassVar = {**Mlp.defaults, "how": "raise", "at_step": 4, "lane": 5, "armed": ""}
 
     def model(self) -> nn.Module:
-        # The check before the run builds the model too, without the file.
         if self.args.how == "build" and Path(self.args.armed).exists():
             raise RuntimeError("the blueprint is gone")
         model: nn.Module = super().model()
@@ -66,13 +69,16 @@ class Failing(Mlp):
 
     def loss(self, model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor], ctx: es.LaneContext) -> torch.Tensor:
         value: torch.Tensor = super().loss(model, batch, ctx)
-        now = ctx.step == self.args.at_step or (self.args.how == "nans" and ctx.step > self.args.at_step)
-        if now and ctx.lane == self.args.lane:
-            if self.args.how == "raise":
-                self.stumble()
-            if self.args.how in ("nan", "nans"):
-                return value * float("nan")
-        return value
+        args = self.args
+        reached = ctx.step == args.at_step or (args.how == "nans" and ctx.step > args.at_step)
+        if not reached or ctx.lane != args.lane:
+            return value
+        if args.how == "raise" or (args.how == "raise-once" and Path(args.armed).exists()):
+            stumble(args.armed)
+        return value * float("nan") if args.how in ("nan", "nans") else value
 
-    def stumble(self) -> None:
-        raise ZeroDivisionError("there is a hole in the road")
+
+def stumble(armed: str) -> None:
+    if armed:
+        Path(armed).unlink()
+    raise ZeroDivisionError("there is a hole in the road")

@@ -97,3 +97,8 @@ def test_defaults_are_not_shared():
     one.losses.append(1.0)
     assert RunResult(job="b", run="b", ok=False, steps=0, state_sha256="").losses == []
     assert one.goodput == Goodput()
+
+
+def test_a_skipped_step_has_no_loss_and_survives_its_file():
+    one = RunResult(job="a", run="a", ok=True, steps=2, state_sha256="ab", losses=[1.0, None], metrics={"x": None})
+    assert RunResult.from_json(one.to_json()) == one
