@@ -13,11 +13,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from everstep.actors.config import Saved
 from everstep.actors.journal import Journal
+from everstep.platform.cluster.desk import Resume
 from everstep.platform.job.spec import JobSpec
 from everstep.storage.errors import StorageError
 from everstep.storage.manifest import CheckpointName, commit, names, new_folder, run_folder
@@ -30,15 +32,27 @@ class _Open:
     step: int
     name: CheckpointName
     files: int
-    progress: dict[str, int]
+    progress: dict[str, Any]
     records: list[FileRecord] = field(default_factory=list)
     failed: str = ""
     reported: int = 0
 
 
-def epoch_of(root: Path) -> int:
-    """One above every execution that left a checkpoint's folder here."""
-    return max((name.epoch for name in names(root)), default=0) + 1
+def claim_epoch(root: Path) -> int:
+    """A number that no execution of this run ever had, taken by creating its file. Raises OSError."""
+    claims = root / "epochs"
+    claims.mkdir(parents=True, exist_ok=True)
+    claimed = [int(file.name) for file in claims.iterdir() if file.name.isdecimal()]
+    epoch = max([*claimed, *(name.epoch for name in names(root))], default=0) + 1
+    while True:
+        try:
+            (claims / str(epoch)).touch(exist_ok=False)
+        except FileExistsError:  # another driver was faster
+            epoch += 1
+            continue
+        for old in sorted(claimed)[:-1]:
+            (claims / str(old)).unlink(missing_ok=True)
+        return epoch
 
 
 class CheckpointDesk:
@@ -56,9 +70,10 @@ class CheckpointDesk:
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="manifest")
         self._pending: list[Future[None]] = []
         self.trusted: set[str] = set()
+        self.newest: Resume | None = None
         self.urls: list[str] = []  # finished by this execution, oldest first
 
-    def begin(self, step: int, files: int, progress: dict[str, int]) -> str:
+    def begin(self, step: int, files: int, progress: dict[str, Any]) -> str:
         """A new folder for `step`, to be filled by `files` ranks; "" (and on_done) when storage refuses."""
         try:
             folder, name = new_folder(self.root, step, self._epoch)
@@ -111,7 +126,7 @@ class CheckpointDesk:
                 raise StorageError(entry.failed)
             spec = self._spec
             versions = {name: version(name) for name in ("everstep", "torch")} | {"python": platform.python_version()}
-            commit(
+            manifest = commit(
                 folder, entry.records, job=spec.name, run=spec.run_name, name=entry.name, spec=spec.to_dict(),
                 progress=entry.progress, versions=versions,
             )  # fmt: skip
@@ -119,6 +134,9 @@ class CheckpointDesk:
             self._on_done(folder, entry.step, str(error))
             return
         self.trusted.add(str(entry.name))
+        row = int(entry.progress["nonfinite_in_a_row"])
+        if self.newest is None or self.newest.step < entry.step:
+            self.newest = Resume(folder, manifest.index, row)
         self._on_done(folder, entry.step, "")
         assert spec.checkpoint is not None
         collect(

@@ -72,7 +72,7 @@ class FetchServer:
                 if length > _MAX_REQUEST_BYTES:
                     return
                 self._answer(connection, msgspec.msgpack.decode(_read(connection, length), type=list[Range]))
-            except (OSError, msgspec.DecodeError, HandshakeRefused):
+            except (OSError, msgspec.MsgspecError, ValueError):  # ValueError: text that is not UTF-8
                 return
 
     def _answer(self, connection: socket.socket, ranges: Sequence[Range]) -> None:

@@ -26,6 +26,8 @@ class Journal:
         self._lock = threading.Lock()
         self._events: deque[Event] = deque(maxlen=_KEPT_EVENTS)
         self._next = 1
+        if metrics is not None:
+            metrics.parent.mkdir(parents=True, exist_ok=True)
         self._file = metrics.open("a", encoding="utf-8") if metrics is not None else None
         self.findings: list[Finding] = []
         self.last_text = ""

@@ -11,7 +11,7 @@ import secrets
 from pathlib import Path
 from typing import Any
 
-from everstep.actors.checkpoints import epoch_of
+from everstep.actors.checkpoints import claim_epoch
 from everstep.actors.host import OnExit
 from everstep.actors.process_host import ProcessHost
 from everstep.actors.run_config import RunConfig
@@ -57,21 +57,23 @@ def resume_point(spec: JobSpec, spec_dir: Path) -> tuple[Resume, int]:
     if spec.checkpoint is None or folder is None:
         return Resume(), 1
     root = run_folder(str(folder), spec.name, spec.run_name)
-    epoch = epoch_of(root)
+    epoch = claim_epoch(root)
     if spec.checkpoint.resume == "never":
         return Resume(), epoch
     newest = find_newest(root)
-    for rejected in newest.rejected:
-        log.warning("checkpoint %s is passed over: %s", rejected.folder.name, rejected.reason)
+    passed_over = tuple(f"{rejected.folder.name}: {rejected.reason}" for rejected in newest.rejected)
     if newest.manifest is None:
-        return Resume(), epoch
+        return Resume(passed_over=passed_over), epoch
     _check_unchanged(spec, newest.manifest)
-    row = int(newest.manifest.progress.get("nonfinite_in_a_row", 0))
-    return Resume(str(newest.folder), newest.manifest.index, row), epoch
+    progress = newest.manifest.progress
+    row, fingerprint = int(progress.get("nonfinite_in_a_row", 0)), dict(progress.get("fingerprint", {}))
+    return Resume(str(newest.folder), newest.manifest.index, row, fingerprint, passed_over), epoch
 
 
 def _check_unchanged(spec: JobSpec, manifest: Manifest) -> None:
-    before, after = manifest.spec, spec.to_dict()
+    before, after = dict(manifest.spec), spec.to_dict()
+    for plain in (before, after):  # of all resources only these decide about the bits
+        plain["resources.threads"] = plain.get("resources", {}).get("threads")
     problems = []
     for field in sorted((set(before) | set(after)) - _FREE_FIELDS):
         if before.get(field) != after.get(field):
@@ -87,6 +89,14 @@ def _check_unchanged(spec: JobSpec, manifest: Manifest) -> None:
         raise SpecError(problems)
 
 
+def _anchored(spec: JobSpec, spec_dir: Path) -> JobSpec:
+    """The job with an absolute checkpoint folder: a relative one is relative to the job file, wherever actors run."""
+    folder = spec.checkpoint_dir(spec_dir)
+    if spec.checkpoint is None or folder is None:
+        return spec
+    return spec.model_copy(update={"checkpoint": spec.checkpoint.model_copy(update={"to": str(folder)})})
+
+
 def launch(
     spec: JobSpec,
     *,
@@ -97,6 +107,7 @@ def launch(
     registration: Registration,
 ) -> RunHandle:
     """Starts the run; returns at once. Raises SpecError for what only the storage can tell."""
+    spec = _anchored(spec, spec_dir)
     resume, epoch = resume_point(spec, spec_dir)
     if host == "ray":
         from everstep.actors.ray_launch import launch_ray  # Ray takes half a second to import
@@ -134,6 +145,11 @@ class _LocalRun:
         self._closed = False
         try:
             self._folder.ensure_reaper()
+            self._log = logging.FileHandler(registration.logs / "supervisor.log")
+            self._log.setFormatter(logging.Formatter("%(asctime)s %(name)s %(message)s"))
+            logging.getLogger("everstep").addHandler(self._log)
+            logging.getLogger("everstep").setLevel(logging.INFO)
+            logging.getLogger("everstep").propagate = False  # reasons are for the log file, not for the terminal
             config = RunConfig(
                 spec, spec_dir, self._folder.runid, self._folder.path, registration.token, epoch, resume,
                 registration.metrics if "jsonl" in spec.log else None, "processes",
@@ -174,4 +190,9 @@ class _LocalRun:
         supervisor: Any = getattr(self, "_supervisor", None)
         if supervisor is not None:
             supervisor.close()
+        handler: logging.Handler | None = getattr(self, "_log", None)
+        if handler is not None:
+            logging.getLogger("everstep").removeHandler(handler)
+            logging.getLogger("everstep").propagate = True
+            handler.close()
         self._folder.release()

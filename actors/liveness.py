@@ -15,7 +15,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 _PERIOD_S = 0.02
 # One look may hit a process that a debugger's SIGSTOP touches for an instant; two looks 20 ms apart do not.
@@ -29,6 +29,8 @@ class _Watched:
     seen_alive: float
     stopped_looks: int = 0
     dead: bool = False
+    # Held while its descriptors are used or closed: their numbers soon stand for another process.
+    fencing: threading.Lock = field(default_factory=threading.Lock)
 
     def forget(self) -> None:
         os.close(self.pidfd)
@@ -70,34 +72,44 @@ class Judge:
         """Kills the process through its pidfd and waits until its memory is gone; True when it is.
 
         `wake_s` (scripted): it is sent SIGCONT first and may run that long although it was declared dead.
+        Any thread may call it, several at once for one name: each returns when the process is gone.
         """
         with self._lock:
             watched = self._watched.get(name)
         if watched is None:
             return True
-        try:
-            if wake_s >= 0:
-                signal.pidfd_send_signal(watched.pidfd, signal.SIGCONT)
-                self._stop.wait(wake_s)
-            signal.pidfd_send_signal(watched.pidfd, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        poll = select.poll()
-        poll.register(watched.pidfd, select.POLLIN)
-        if not poll.poll(timeout_s * 1000):
-            return False
-        with self._lock:
-            if self._watched.pop(name, None) is not None:
+        with watched.fencing:
+            if not self._knows(name, watched):
+                return True
+            try:
+                if wake_s >= 0:
+                    signal.pidfd_send_signal(watched.pidfd, signal.SIGCONT)
+                    self._stop.wait(wake_s)
+                signal.pidfd_send_signal(watched.pidfd, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+            poll = select.poll()
+            poll.register(watched.pidfd, select.POLLIN)
+            if not poll.poll(timeout_s * 1000):
+                return False
+            with self._lock:
+                del self._watched[name]
                 watched.forget()
         return True
+
+    def _knows(self, name: str, watched: _Watched) -> bool:
+        with self._lock:
+            return self._watched.get(name) is watched
 
     def close(self) -> None:
         self._stop.set()
         self._thread.join(2)
         with self._lock:
-            for watched in self._watched.values():
-                watched.forget()
-            self._watched.clear()
+            left = list(self._watched.items())
+        for name, watched in left:
+            with watched.fencing, self._lock:
+                if self._watched.pop(name, None) is not None:
+                    watched.forget()
 
     def _run(self) -> None:
         while not self._stop.is_set():

@@ -42,7 +42,9 @@ _ANSWER_S = 30.0  # a manager answers in milliseconds; it has its own watcher
 class RankConductor:
     """One rank's conductor. `stall_s` limits every wait for another rank."""
 
-    def __init__(self, config: RankConfig, stall_s: float, pid: int) -> None:
+    def __init__(self, config: RankConfig, stall_s: float, pid: int, fingerprint: dict[str, str]) -> None:
+        self._fingerprint = fingerprint
+        self._joined = False
         self.name = config.name
         self._config = config
         self._stall_s = stall_s
@@ -76,6 +78,7 @@ class RankConductor:
 
     def join(self, fingerprint: dict[str, str]) -> None:
         """This rank is ready: from now on it is watched, and may be taken into a view."""
+        self._joined = True
         member = m.Member(
             self.name,
             self._config.slot,
@@ -98,6 +101,8 @@ class RankConductor:
     # ---- Conductor: views -------------------------------------------------------------------------------
 
     def take_seat(self, inventory: Callable[[], Inventory]) -> Seat:
+        if not self._joined:  # a task with its own loop has no dry lane to be compared by
+            self.join(self._fingerprint)
         while True:
             with self._condition:
                 while not self._something_new():

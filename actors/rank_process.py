@@ -18,20 +18,20 @@ from everstep.actors.rank_conductor import RankConductor
 from everstep.actors.run_folder import RunFolder
 from everstep.platform.job.spec import JobSpec
 from everstep.platform.training.conductor import RunOver
-from everstep.platform.training.engine import TaskRaised, build, probe, train
+from everstep.platform.training.engine import TaskRaised, build, has_own_loop, load, probe, run_own_loop, train
+from everstep.storage.errors import StorageError
 
 log = logging.getLogger(__name__)
 
 
-def fingerprint(spec: JobSpec, gradient: str) -> dict[str, str]:
-    """What must be equal on all ranks for equal bits; `gradient` is the hash of a dry lane's gradient."""
+def fingerprint(spec: JobSpec) -> dict[str, str]:
+    """What must be equal on all ranks for equal bits, beside the gradient of a dry lane."""
     return {
         "torch": str(torch.__version__),
         "machine": platform.machine(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "threads": str(torch.get_num_threads()),
         "precision": spec.train.precision,
-        "gradient": gradient,
     }
 
 
@@ -56,18 +56,25 @@ def main(config: bytes) -> None:
     _keep_freed_memory()
     spec = JobSpec.parse(decoded.spec)
     torch.set_num_threads(spec.resources.threads)
-    conductor = RankConductor(decoded, spec.timeouts.stall_s, os.getpid())
+    mine = fingerprint(spec)
+    conductor = RankConductor(decoded, spec.timeouts.stall_s, os.getpid(), mine)
     step, lane = 0, -1
     try:
-        built = build(spec, Path(decoded.spec_dir), conductor)
-        conductor.join(fingerprint(spec, probe(built)))
-        train(built)
+        task = load(spec, Path(decoded.spec_dir))
+        if has_own_loop(task):
+            run_own_loop(task, spec, conductor)
+        else:
+            built = build(task, spec, conductor)
+            conductor.join({**mine, "gradient": probe(built)})
+            train(built)
     except RunOver as over:
         log.info("%s leaves: %s", decoded.name, over)
     except Exception as error:
         kind = "internal"
         if isinstance(error, TaskRaised):
             step, lane, kind = error.step, error.lane, "task"
+        elif isinstance(error, StorageError):
+            kind = "storage"  # /dev/shm is full, or a checkpoint cannot be read
         trace = "".join(traceback.format_exception(error.__cause__ or error))
         print(trace, file=sys.stderr, flush=True)
         failed = TaskFailed(str(error) or type(error).__name__, trace, step, lane, kind)

@@ -20,7 +20,10 @@ import logging
 import os
 import secrets
 import shutil
+import signal
+import socket
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,6 +51,7 @@ LONGEST_FOLDER = 40
 """Ray puts sockets into session_DATE_TIME_PID/sockets/ below its folder; their paths have at most 107 B."""
 
 END_WAIT_S = 3.0
+REACH_S = 5.0  # for a cluster's head to accept a connection
 """For what is left after `ray.shutdown`, which ends the daemons itself, to go once it is killed."""
 
 
@@ -111,7 +115,7 @@ class EmbeddedRay:
         _reload_authentication()
         _redirect_errors()
         try:
-            with _lean():
+            with _lean(), _our_signals():
                 context: Any = ray.init(
                     address="local",
                     num_cpus=cpus,
@@ -196,15 +200,29 @@ def connect(address: str, runtime_env: Mapping[str, Any] | None = None) -> Conne
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         _reload_authentication()
     _redirect_errors()
-    ray.init(
-        address=address,
-        namespace=NAMESPACE,
-        runtime_env=dict(runtime_env) if runtime_env else None,
-        log_to_driver=False,
-        configure_logging=False,
-        logging_level=logging.ERROR,
-    )
+    if address != "auto":
+        _reachable(address)
+    with _our_signals():
+        ray.init(
+            address=address,
+            namespace=NAMESPACE,
+            runtime_env=dict(runtime_env) if runtime_env else None,
+            log_to_driver=False,
+            configure_logging=False,
+            logging_level=logging.ERROR,
+        )
     return ConnectedRay(address)
+
+
+def _reachable(address: str) -> None:
+    """Raises ConnectionError at once where nobody listens: Ray itself would try for a minute."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), REACH_S).close()
+    except (OSError, ValueError) as error:
+        raise ConnectionError(
+            f"nobody answers at {address} (want HOST:PORT of the cluster's head): {error}"
+        ) from error
 
 
 def _redirect_errors() -> None:
@@ -218,6 +236,19 @@ def _redirect_errors() -> None:
 
     if hasattr(ray._private.worker, "print_to_stdstream"):
         ray._private.worker.print_to_stdstream = log
+
+
+@contextmanager
+def _our_signals() -> Iterator[None]:
+    """`ray.init` puts its own handler on SIGTERM, which ends the driver with a stack dump: ours stays."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set handlers, so Ray sets none here
+        return
+    ours = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, ours)
 
 
 @contextmanager

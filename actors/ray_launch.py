@@ -16,7 +16,7 @@ import ray
 
 from everstep.actors.client import SupervisorClient
 from everstep.actors.ray_cluster import ConnectedRay, EmbeddedRay, connect
-from everstep.actors.ray_supervisor import RunExists, SupervisorFailed, SupervisorRef, start_supervisor
+from everstep.actors.ray_supervisor import RunExists, SupervisorFailed, SupervisorRef, collect, start_supervisor
 from everstep.actors.run_folder import RunFolder
 from everstep.actors.supervisor_process import SupervisorConfig
 from everstep.platform.cluster.desk import Resume
@@ -60,6 +60,8 @@ class _RayRun:
         self._folder = RunFolder(f"{spec.name}-{secrets.token_hex(4)}")
         self._folder.create()
         self._folder.hold()
+        # On a cluster the name is what makes a second live run of this name impossible.
+        self._actors = self._folder.runid if address is None else f"{spec.name}.{spec.run_name}"
         self._ray: EmbeddedRay | ConnectedRay | None = None
         self._reference: SupervisorRef | None = None
         self._client: SupervisorClient | None = None
@@ -79,12 +81,25 @@ class _RayRun:
                 self._ray = connect(address, runtime_env or None)
                 bind = str(_util.get_node_ip_address())
             config = SupervisorConfig(
-                spec.to_dict(), actors_dir, self._folder.runid, str(self._folder.path), registration.token, epoch,
-                resume.folder, resume.nonfinite_in_a_row, str(registration.metrics) if "jsonl" in spec.log else "",
-                str(registration.logs), bind, address is None, runtime_env,
-            )  # fmt: skip
+                spec=spec.to_dict(),
+                spec_dir=actors_dir,
+                run_id=self._folder.runid,
+                actors=self._actors,
+                run_folder=str(self._folder.path),
+                token=registration.token,
+                epoch=epoch,
+                checkpoint=resume.folder,
+                nonfinite_in_a_row=resume.nonfinite_in_a_row,
+                fingerprint=dict(resume.fingerprint),
+                passed_over=resume.passed_over,
+                metrics=str(registration.metrics) if "jsonl" in spec.log else "",
+                log_dir=str(registration.logs),
+                bind=bind,
+                embedded=address is None,
+                runtime_env=runtime_env,
+            )
             self._reference = start_supervisor(
-                self._folder.runid, msgspec.msgpack.encode(config), log_dir=registration.logs,
+                self._actors, msgspec.msgpack.encode(config), log_dir=registration.logs,
                 runtime_env=runtime_env or None, run_folder=self._folder,
             )  # fmt: skip
             self._client = SupervisorClient(self._reference.address, registration.token)
@@ -136,6 +151,7 @@ class _RayRun:
             self._client = None
         if self._reference is not None:
             self._reference.end()
+            collect(self._actors)
         if self._ray is not None:
             self._ray.close()
         self._folder.release()

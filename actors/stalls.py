@@ -8,11 +8,13 @@ from __future__ import annotations
 from everstep.collectives import membership as mb
 from everstep.collectives.messages import ViewId
 
+_EVERYONE = 3
+
 
 class StallJudge:
     def __init__(self, stall_s: float) -> None:
         self._stall_s = stall_s
-        self._waiting: tuple[ViewId, int, float] | None = None  # view, step (-1: forming), since
+        self._waiting: tuple[ViewId, int, bool, float] | None = None  # view, step (-1: forming), all of them, since
 
     def look(self, membership: mb.State, now: float) -> list[tuple[str, str]]:
         """(member, cause) of those that are overdue now."""
@@ -20,16 +22,21 @@ class StallJudge:
         if isinstance(phase, mb.Gathering):
             id, step, missing = phase.id, -1, phase.asked - set(phase.inventories)
             what = "no answer"
-        elif isinstance(phase, mb.Active) and phase.votes:
+        elif isinstance(phase, mb.Active):
             members = {member.name for member in phase.view.members}
             id, step, missing = phase.view.id, phase.step, frozenset(members - set(phase.votes))
             what = f"no vote on step {phase.step}"
         else:
             self._waiting = None
             return []
-        if self._waiting is None or self._waiting[:2] != (id, step):
-            self._waiting = (id, step, now)
-        if now - self._waiting[2] <= self._stall_s:
+        everyone = isinstance(phase, mb.Active) and not phase.votes
+        if self._waiting is None or self._waiting[:3] != (id, step, everyone):
+            self._waiting = (id, step, everyone, now)
+        # One rank that hangs before it votes holds up all: their own waits end after stall_s, they complain, and a
+        # new view shows who does not answer. Only where nobody complains is it everyone.
+        limit_s = self._stall_s * (_EVERYONE if everyone else 1)
+        if now - self._waiting[3] <= limit_s:
             return []
         self._waiting = None
-        return [(name, f"{what} for {self._stall_s:g} s (timeouts.stall_s)") for name in sorted(missing)]
+        setting = f"timeouts.stall_s: {self._stall_s:g}"
+        return [(name, f"{what} for {limit_s:g} s ({setting})") for name in sorted(missing)]

@@ -67,8 +67,9 @@ class Supervisor:
         self._watchers = Watchers()
         self._stalls = StallJudge(spec.timeouts.stall_s)
         self._script = Script(spec.faults, self._watchers)
-        self._admission = Admission()
+        self._admission = Admission(config.resume.fingerprint)
         self._user_errors = 0
+        self._objection = ""  # why the last rank was refused
         outlets = Outlets(self._member, lambda event: self._staff.handle(event), self._end, self._scale)
         self._transactions = Transactions(self._books, self._watchers, self._checkpoints, self._script, outlets)
         self._result: RunResult | None = None
@@ -97,7 +98,7 @@ class Supervisor:
             make_host(self._enqueue("exit")),
             self._server.address,
             self._stop_rank,
-            lambda kind, message: self._end(Failure(kind=kind, message=message)),
+            lambda kind, message: self._end(Failure(kind=kind, message=self._objection or message)),
         )
         self._thread = threading.Thread(target=self._run, name="supervisor", daemon=True)
 
@@ -159,6 +160,8 @@ class Supervisor:
 
     def _run(self) -> None:
         resume = self._config.resume
+        for reason in resume.passed_over:
+            self._note("finding", f"a checkpoint is passed over: {reason}", syndrome="checkpoint")
         if resume.folder:
             self._note("resume", f"resuming from step {resume.step}: {resume.folder}", step=resume.step)
         self._staff.handle(st.Begin())
@@ -281,7 +284,8 @@ class Supervisor:
             return False
         self._note("finding", objection, syndrome="mismatch", name=name)
         if self._spec.exact:
-            self._watchers.tell_members((name,), m.Excluded(f"{objection} (exact: true)"))
+            self._objection = f"{objection} (exact: true)"
+            self._watchers.tell_members((name,), m.Excluded(self._objection))
         return self._spec.exact
 
     def _on_fault(self, name: str, watcher: Watcher, reached: FaultReached) -> None:
@@ -361,7 +365,9 @@ class Supervisor:
     def _new_folder(self, step: int) -> str:
         assert self._checkpoints is not None
         files = len(mb.current_members(self._membership))
-        return self._checkpoints.begin(step, files, {"nonfinite_in_a_row": self._desk.progress.nonfinite_in_a_row})
+        row = self._desk.progress.nonfinite_in_a_row
+        progress = {"nonfinite_in_a_row": row, "fingerprint": self._admission.fingerprint}
+        return self._checkpoints.begin(step, files, progress)
 
     # ---- the end ----------------------------------------------------------------------------------------
 
@@ -374,7 +380,7 @@ class Supervisor:
         self._transactions.phase = "finishing"
         self._staff.handle(st.Close())
         if failure is not None:
-            self._note("failed", failure.message, **msgspec.to_builtins(failure))
+            self._journal.add("failed", failure.message, msgspec.to_builtins(failure))
             self._member(mb.Finish(failure.message))
 
     def _finish_up(self, problem: str) -> None:

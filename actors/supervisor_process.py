@@ -31,11 +31,14 @@ class SupervisorConfig(msgspec.Struct, frozen=True):
     spec: dict[str, Any]
     spec_dir: str
     run_id: str
+    actors: str  # what Ray's names of the run's actors begin with
     run_folder: str
     token: str
     epoch: int
     checkpoint: str  # folder to resume from, or ""
     nonfinite_in_a_row: int
+    fingerprint: dict[str, str]
+    passed_over: tuple[str, ...]
     metrics: str
     log_dir: str
     bind: str
@@ -49,6 +52,10 @@ def main(config: bytes) -> str:
     c = msgspec.msgpack.decode(config, type=SupervisorConfig)
     spec = JobSpec.parse(c.spec)
     folder = RunFolder.at(Path(c.run_folder))
+    if not c.embedded:  # it may live on another machine than the driver, and longer
+        folder.create()
+        folder.hold()
+        folder.ensure_reaper()
     index = Checkpoint.open(c.checkpoint).index if c.checkpoint else None
     run_config = RunConfig(
         spec,
@@ -57,21 +64,18 @@ def main(config: bytes) -> str:
         folder.path,
         c.token,
         c.epoch,
-        Resume(c.checkpoint, index, c.nonfinite_in_a_row),
+        Resume(c.checkpoint, index, c.nonfinite_in_a_row, c.fingerprint, c.passed_over),
         Path(c.metrics) if c.metrics else None,
         "ray",
         c.bind,
         c.embedded,
     )
-    resources = spec.resources
-    wanted = RankResources(
-        resources.cpus, resources.gpus, resources.memory, dict(resources.custom), dict(resources.labels)
-    )
+    wanted = RankResources(spec.resources.cpus) if c.embedded else _demands(spec)
 
     def make_host(on_exit: OnExit) -> RayHost:
         return RayHost(
             on_exit,
-            run=c.run_id,
+            run=c.actors,
             log_dir=Path(c.log_dir),
             resources=wanted,
             runtime_env=c.runtime_env or None,
@@ -83,6 +87,12 @@ def main(config: bytes) -> str:
     if not c.embedded:
         threading.Thread(target=_leave_after, args=(supervisor,), name="linger", daemon=True).start()
     return supervisor.address
+
+
+def _demands(spec: JobSpec) -> RankResources:
+    """What a rank asks of a cluster. On an embedded Ray, one machine, custom resources and labels mean nothing."""
+    r = spec.resources
+    return RankResources(r.cpus, r.gpus, r.memory, dict(r.custom), dict(r.labels))
 
 
 def _leave_after(supervisor: Supervisor) -> None:

@@ -87,6 +87,8 @@ class Transactions:
         inventories: Mapping[str, bytes],
         stocks: Mapping[str, bytes],
     ) -> None:
+        if self._checkpoints is not None and self._checkpoints.newest is not None:
+            self._desk.stored = self._checkpoints.newest
         try:
             choice = self._desk.choose(members, inventories, stocks)
         except Lost as error:

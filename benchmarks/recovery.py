@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-from parts.live_run import START_LIMIT_S, TAIL_S, BenchmarkFailed, LiveRun
+from parts.live_run import START_LIMIT_S, TAIL_S, BenchmarkFailed, LiveRun, left_of
 from peers.torchrun import measure_peer
 from rich import box
 from rich.console import Console
@@ -136,7 +136,7 @@ def busy(run: LiveRun, seconds: float) -> dict[str, Any]:
     lines = run.tail.lines
     longest = max(b.at_s - a.at_s for a, b in itertools.pairwise(lines))
     lost = [event.text for event in run.events(0) if event.kind == "lost"]
-    struck = any(event.kind == "fault" for event in run.events(0))
+    struck = any(event.kind == "fault" for event in run.events(0)) and longest >= seconds * 0.8
     return {"seconds": seconds, "longest_step_s": longest, "struck": struck, "lost": lost, "ok": struck and not lost}
 
 
@@ -278,19 +278,18 @@ def main(
         run = LiveRun(spec, [*changes, f"faults={json.dumps(faults)}"], host.value, Path(folder))
         try:
             measure(report, run, job, {"kill": kills, "freeze": freezes}, busy_s, deadline)
-        except BenchmarkFailed as error:
+        except (BenchmarkFailed, OSError) as error:  # OSError: it cannot be reached, or a rank left by itself
             report.failed.append(str(error))
         finally:
             run.close()
-        report.left = run.left()
         if peer:
             theirs = Path(folder) / "peer"
             theirs.mkdir()
             try:
-                report.peer, left = measure_peer(spec, [*changes, "faults=[]"], job.ranks.max, report.seed, theirs)
-                report.left += left
+                report.peer = measure_peer(spec, [*changes, "faults=[]"], job.ranks.max, report.seed, theirs)
             except BenchmarkFailed as error:
                 report.failed.append(str(error))
+        report.left = left_of(Path(folder))
     report.load.append(os.getloadavg()[0])
     ours = summary(report).get("kill")
     if report.peer is not None and ours is not None:

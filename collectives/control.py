@@ -21,6 +21,7 @@ from everstep.collectives.handshake import NONCE_BYTES, PROTOCOL_VERSION, new_no
 from everstep.collectives.messages import MAX_MESSAGE_BYTES
 
 _grpc: Any = grpc  # plain bytes go over the wire: no serializers, which the stubs insist on
+HANDSHAKE_TIMEOUT_S = 10.0
 _METHOD = "/everstep.Control/Stream"
 _CALL = "/everstep.Control/Call"
 _OPTIONS = [
@@ -80,6 +81,7 @@ class ControlServer:
         self._on_call = on_call
         self._idents = itertools.count(1)
         self._peers: dict[int, Peer] = {}
+        self._readers: set[threading.Thread] = set()
         self._lock = threading.Lock()
         self._pool = futures.ThreadPoolExecutor(max_peers + 8, thread_name_prefix="control")
         self._server = grpc.server(self._pool, handlers=[_Handler(self)], options=_OPTIONS)
@@ -96,9 +98,16 @@ class ControlServer:
             peer.close()
         self._server.stop(grace=0.5).wait(5)
         self._pool.shutdown(wait=True, cancel_futures=True)
+        with self._lock:
+            readers = self._readers - {threading.current_thread()}
+        for reader in readers:
+            reader.join(5)
 
     def stream(self, requests: Iterator[bytes], context: Any) -> Iterator[bytes]:
         """One peer's stream: handshake, then its outgoing queue until either side closes."""
+        late = threading.Timer(HANDSHAKE_TIMEOUT_S, context.cancel)  # a silent caller would keep a worker for ever
+        late.daemon = True
+        late.start()
         try:
             hello = msgspec.msgpack.decode(next(requests), type=_Hello)
             nonce = new_nonce()
@@ -109,16 +118,19 @@ class ControlServer:
                 )
             yield _pack(_Answer(nonce, proof(self._token, "server", hello.nonce, nonce)))
             answer = msgspec.msgpack.decode(next(requests), type=_Answer)
-        except (StopIteration, msgspec.DecodeError):
+        except (StopIteration, msgspec.MsgspecError, ValueError):  # ValueError: text that is not UTF-8
             return
+        finally:
+            late.cancel()
         if not proof_matches(answer.proof, self._token, "client", hello.nonce, nonce):
             context.abort(grpc.StatusCode.UNAUTHENTICATED, "wrong token")
         peer = Peer(next(self._idents))
-        with self._lock:
-            self._peers[peer.ident] = peer
         reader = threading.Thread(
             target=self._read, args=(peer, requests), name=f"control-read-{peer.ident}", daemon=True
         )
+        with self._lock:
+            self._peers[peer.ident] = peer
+            self._readers.add(reader)
         reader.start()
         try:
             yield b""  # accepted
@@ -140,6 +152,8 @@ class ControlServer:
                 raise
         peer.close()
         self._on_close(peer)
+        with self._lock:
+            self._readers.discard(threading.current_thread())
 
     def call(self, data: bytes, context: Any) -> bytes:
         metadata = dict(context.invocation_metadata())
@@ -187,19 +201,26 @@ class ControlClient:
         nonce = new_nonce()
         self._out.put(_pack(_Hello(PROTOCOL_VERSION, nonce)))
         self._call = self._channel.stream_stream(_METHOD)(iter(self._out.get, None))
+        late = threading.Timer(timeout_s, self._call.cancel)  # there is somebody, who does not answer
+        late.daemon = True
+        late.start()
         try:
             answer = msgspec.msgpack.decode(next(self._call), type=_Answer)
             if not proof_matches(answer.proof, token, "server", nonce, answer.nonce):
                 raise HandshakeRefused(f"{address} does not know this run's token")
             self._out.put(_pack(_Answer(nonce, proof(token, "client", nonce, answer.nonce))))
             next(self._call)
-        except (grpc.RpcError, StopIteration, msgspec.DecodeError) as error:
-            detail = error.details() if isinstance(error, grpc.RpcError) else str(error)
+        except (grpc.RpcError, StopIteration, msgspec.MsgspecError, ValueError) as error:
             self.close()
+            if isinstance(error, grpc.RpcError) and error.code() == grpc.StatusCode.CANCELLED:
+                raise CoordinatorLost(f"no answer from {address} within {timeout_s:g} s") from None
+            detail = error.details() if isinstance(error, grpc.RpcError) else str(error)
             raise HandshakeRefused(f"{address} refused the control stream: {detail}") from None
         except HandshakeRefused:
             self.close()
             raise
+        finally:
+            late.cancel()
         self._reader = threading.Thread(target=self._read, name="control-client", daemon=True)
         self._reader.start()
 

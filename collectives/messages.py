@@ -83,11 +83,6 @@ class Complaint(msgspec.Struct, frozen=True, tag="complaint"):
     error: str
 
 
-class Leave(msgspec.Struct, frozen=True, tag="leave"):
-    reason: str
-    payload: bytes = b""
-
-
 class Note(msgspec.Struct, frozen=True, tag="note"):
     """Anything that the platform above wants to tell its supervisor."""
 
@@ -95,7 +90,7 @@ class Note(msgspec.Struct, frozen=True, tag="note"):
     payload: bytes = b""
 
 
-MemberMessage = Join | Inventory | Level | Vote | Complaint | Leave | Note
+MemberMessage = Join | Inventory | Level | Vote | Complaint | Note
 
 
 # ---- from watchers --------------------------------------------------------------------------------------
@@ -130,7 +125,6 @@ class Stock(msgspec.Struct, frozen=True, tag="stock"):
 
 class Beat(msgspec.Struct, frozen=True, tag="beat"):
     domain: str
-    progress: dict[str, tuple[int, str]] = {}  # member -> (step, phase)
 
 
 class WatcherNote(msgspec.Struct, frozen=True, tag="wnote"):

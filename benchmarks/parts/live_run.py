@@ -23,6 +23,7 @@ from everstep.platform.job.status import Event, Status
 
 TAIL_S = 0.002
 START_LIMIT_S = 60.0
+LEFT_S = 15.0  # the limit of the project for collecting everything after a run, however it ended
 
 
 class BenchmarkFailed(Exception):
@@ -72,7 +73,6 @@ class LiveRun:
 
     def __init__(self, spec_path: Path, overrides: Sequence[str], host: str, state: Path) -> None:
         name = f"bench-{secrets.token_hex(4)}"
-        self.pids: set[int] = set()
         self._state = state
         self._log = state / "run.log"
         command = [sys.executable, "-m", "everstep", "run", str(spec_path), "--host", host]
@@ -104,9 +104,7 @@ class LiveRun:
 
     def status(self) -> Status:
         assert self._client is not None
-        status = self._client.status()
-        self.pids |= {member["pid"] for member in status.members if member["pid"]}
-        return status
+        return self._client.status()
 
     def events(self, after: int) -> list[Event]:
         assert self._client is not None
@@ -132,21 +130,24 @@ class LiveRun:
                 break
         self.tail.stop()
 
-    def left(self) -> list[int]:
-        """Processes of the run that live 15 s after its end."""
-        deadline = time.monotonic() + 15
-        while (living := sorted(pid for pid in self.pids if alive(pid))) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        return living
+
+def left_of(folder: Path) -> list[int]:
+    """Processes that were started for `folder` (they inherit EVERSTEP_STATE) and live 15 s after their run's end."""
+    mark = f"EVERSTEP_STATE={folder}".encode()
+    deadline = time.monotonic() + LEFT_S
+    while True:
+        living = [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if _has(pid, mark)]
+        if not living or time.monotonic() > deadline:
+            return sorted(living)
+        time.sleep(0.2)
 
 
-def alive(pid: int) -> bool:
-    """Whether the process runs (a zombie does not)."""
+def _has(pid: int, mark: bytes) -> bool:
+    """A zombie has no environment any more."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_bytes()
+        return mark in Path(f"/proc/{pid}/environ").read_bytes()
     except OSError:
         return False
-    return chr(stat[stat.rindex(b")") + 2]) not in "ZX"
 
 
 def end_of(log: Path) -> str:

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from parts.live_run import BenchmarkFailed, alive, end_of
+from parts.live_run import BenchmarkFailed, end_of
 
 _SCRIPT = Path(__file__).resolve().parent / "ddp.py"
 _LIMIT_S = 70.0
@@ -31,11 +31,14 @@ def torchrun(
     command += ["--max-restarts=3", str(_SCRIPT), str(spec_path), str(folder)]
     command += [f"--set={value}" for value in overrides]
     # With torch 2.13's shared store, restarted ranks find the addresses of the dead ones in it and give up.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        "EVERSTEP_STATE": str(folder),
+    }
     with (folder / "torchrun.log").open("wb") as log:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment
-        )
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
     try:
         yield process
     finally:
@@ -47,9 +50,7 @@ def torchrun(
             process.wait()
 
 
-def measure_peer(
-    spec_path: Path, overrides: Sequence[str], ranks: int, seed: int, folder: Path
-) -> tuple[dict[str, Any], list[int]]:
+def measure_peer(spec_path: Path, overrides: Sequence[str], ranks: int, seed: int, folder: Path) -> dict[str, Any]:
     chance = random.Random(seed)
     progress, log = folder / "progress.jsonl", folder / "torchrun.log"
     deadline = time.monotonic() + _LIMIT_S
@@ -74,10 +75,9 @@ def measure_peer(
         after = lines(1, 1)
     before = [line for line in after if line["restart"] == 0]
     resumed = next(line for line in after if line["restart"] >= 1)
-    pids = [int(path.read_text()) for path in folder.glob("pid-*")]
     return {
         "what": f"torchrun, {ranks} ranks, DDP over gloo, torch.save after every step, all ranks restarted",
         "ordinary_step_s": step_s,
         "resumed_s": resumed["at_s"] - struck_s,
         "steps_lost": max(0, before[-1]["step"] - (resumed["step"] - 1)),
-    }, [pid for pid in pids if alive(pid)]
+    }

@@ -53,7 +53,7 @@ class Listener:
         self._condition = threading.Condition()
         self._mesh: Mesh | None = None
         self._closed = False
-        self._threads: set[threading.Thread] = set()
+        self._greeting: dict[socket.socket, threading.Thread] = {}
         self._accepting = threading.Thread(target=self._accept, name="mesh-accept", daemon=True)
         self._accepting.start()
 
@@ -71,6 +71,12 @@ class Listener:
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
         self._accepting.join(2)
+        with self._condition:
+            greeting = dict(self._greeting)
+        for connection, thread in greeting.items():
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+            thread.join(2)
 
     def _accept(self) -> None:
         while True:
@@ -78,27 +84,38 @@ class Listener:
                 connection, _ = self._socket.accept()
             except OSError:
                 return
-            threading.Thread(target=self._greet, args=(connection,), name="mesh-greet", daemon=True).start()
+            thread = threading.Thread(target=self._greet, args=(connection,), name="mesh-greet", daemon=True)
+            with self._condition:
+                self._greeting[connection] = thread
+            thread.start()
 
     def _greet(self, connection: socket.socket) -> None:
         try:
-            connection.settimeout(HANDSHAKE_TIMEOUT_S)
-            magic, version, epoch, number, rank, nonce = _HELLO.unpack(_read_exactly(connection, _HELLO.size))
-            if magic != _MAGIC or version != PROTOCOL_VERSION:
-                raise HandshakeRefused(f"magic {magic!r} version {version}")
-            context = _context(ViewId(epoch, number), rank)
-            mine = new_nonce()
-            connection.sendall(_ANSWER.pack(mine, proof(self._token, "server", nonce, mine, context)))
-            given = _read_exactly(connection, PROOF_BYTES)
-            if not proof_matches(given, self._token, "client", nonce, mine, context):
-                raise HandshakeRefused("wrong token")
-            mesh = self._mesh_of(ViewId(epoch, number))
-            if mesh is None:
-                raise HandshakeRefused(f"view {epoch}.{number} is not mine")
-            connection.sendall(b"\x01")
-            mesh.adopt(rank, connection)
-        except (OSError, HandshakeRefused, struct.error):
+            self._admit(connection)
+        except (OSError, HandshakeRefused):
             connection.close()
+        finally:
+            with self._condition:
+                del self._greeting[connection]
+
+    def _admit(self, connection: socket.socket) -> None:
+        # One deadline for all of it: a caller that drips bytes would else hold its thread for minutes.
+        deadline = time.monotonic() + HANDSHAKE_TIMEOUT_S
+        hello = _read_by(deadline, connection, _HELLO.size)
+        magic, version, epoch, number, rank, nonce = _HELLO.unpack(hello)
+        if magic != _MAGIC or version != PROTOCOL_VERSION:
+            raise HandshakeRefused(f"magic {magic!r} version {version}")
+        context = _context(ViewId(epoch, number), rank)
+        mine = new_nonce()
+        connection.sendall(_ANSWER.pack(mine, proof(self._token, "server", nonce, mine, context)))
+        given = _read_by(deadline, connection, PROOF_BYTES)
+        if not proof_matches(given, self._token, "client", nonce, mine, context):
+            raise HandshakeRefused("wrong token")
+        mesh = self._mesh_of(ViewId(epoch, number))
+        if mesh is None:
+            raise HandshakeRefused(f"view {epoch}.{number} is not mine")
+        connection.sendall(b"\x01")
+        mesh.adopt(rank, connection)
 
     def _mesh_of(self, id: ViewId) -> Mesh | None:
         deadline = time.monotonic() + HANDSHAKE_TIMEOUT_S
@@ -185,7 +202,7 @@ class Mesh:
             link.close()
 
     def close(self) -> None:
-        """Orderly end: queued frames leave first where the peer still reads."""
+        """Ends the mesh and its threads. What was sent arrives only if `flush` came before."""
         with self._condition:
             self._closed = True
         self.abort(PeerLost(f"view {self.view.id} is over"))
@@ -363,6 +380,21 @@ def _read_exactly(connection: socket.socket, length: int) -> bytes:
     data = bytearray(length)
     _read_into(connection, memoryview(data))
     return bytes(data)
+
+
+def _read_by(deadline: float, connection: socket.socket, length: int) -> bytes:
+    """Raises TimeoutError at the deadline, however steadily the bytes come."""
+    data = b""
+    while len(data) < length:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError(f"{len(data)} of {length} bytes came in time")
+        connection.settimeout(left)
+        piece = connection.recv(length - len(data))
+        if not piece:
+            raise ConnectionError("closed by the other side")
+        data += piece
+    return data
 
 
 _MAX_IOVECS = 512

@@ -8,8 +8,14 @@ from collections.abc import Mapping
 class Admission:
     """The first rank that comes sets the measure. Belongs to the supervisor's loop."""
 
-    def __init__(self) -> None:
-        self._reference: tuple[str, Mapping[str, str]] | None = None
+    def __init__(self, stored: Mapping[str, str]) -> None:
+        """`stored` is the fingerprint of the execution that wrote the checkpoint, empty without one."""
+        self._reference: tuple[str, Mapping[str, str]] | None = ("the checkpoint", stored) if stored else None
+
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        """What every rank of this run has; empty before the first."""
+        return dict(self._reference[1]) if self._reference is not None else {}
 
     def objection(self, name: str, fingerprint: Mapping[str, str]) -> str:
         """Why `name` would compute other bits than the first rank; "" when it would not."""

@@ -27,6 +27,8 @@ class Resume:
     folder: str = ""
     index: StateIndex | None = None
     nonfinite_in_a_row: int = 0
+    fingerprint: Mapping[str, str] = field(default_factory=dict)
+    passed_over: tuple[str, ...] = ()  # newer checkpoints that do not verify, and why
 
     @property
     def step(self) -> int:
@@ -56,6 +58,7 @@ class Desk:
 
     def __post_init__(self) -> None:
         self.progress = Progress(self.resume.nonfinite_in_a_row)
+        self.stored = self.resume  # the newest checkpoint, for when memory cannot serve
         clip = self.spec.train.clip_norm
         self._rules = Rules(self.spec.lanes, clip, self.spec.limits.nonfinite)
         self._progress_at = {self.resume.step: self.progress}
@@ -68,14 +71,14 @@ class Desk:
         """Raises recovery.Lost."""
         decoded = {name: msgspec.msgpack.decode(data, type=Inventory) for name, data in inventories.items()}
         held = {domain: msgspec.msgpack.decode(data, type=Stock) for domain, data in stocks.items()}
-        choice = choose([m.name for m in members], decoded, held, self.resume.index, initial_step=self.resume.step)
+        choice = choose([m.name for m in members], decoded, held, self.stored.index, initial_step=self.resume.step)
         self.progress = self._progress_at.get(choice.base_step, self.progress)
         return choice
 
     def plan(self, choice: Choice, fetch: dict[str, str]) -> ViewPlan:
         faults = tuple(f for f in live_faults(self.spec.faults) if f.index not in self.fired)
         final = self.last_step is not None and choice.base_step >= self.last_step
-        folder = self.resume.folder if choice.from_checkpoint else ""
+        folder = self.stored.folder if choice.from_checkpoint else ""
         return ViewPlan(choice.owned, choice.have, folder, faults, self.progress.nonfinite_in_a_row, final, fetch)
 
     def judge(self, step: int, votes: Mapping[str, bytes]) -> Judgement:

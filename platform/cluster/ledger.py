@@ -169,7 +169,7 @@ class Ledger:
         )
 
     def committed_losses(self) -> list[float]:
-        return [self.losses[step] for step in sorted(self.losses) if step > self.start_step]
+        return [self.losses[step] for step in sorted(self.losses) if self.start_step < step <= self.step]
 
     def wall_s(self, now: float) -> float:
         return now - self._began

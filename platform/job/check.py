@@ -30,12 +30,13 @@ from everstep.platform.job.spec import JobSpec
 CHECK_TIMEOUT_S = 300.0
 _STDERR_LINES = 12
 
-# [Note: shared memory] Sharded state (zero 1, 2) exists about once over all ranks. Each snapshot manager
-# keeps two slots (the protected version and the one being written), and while ranks change, the old layout's
-# and the new one's: 4 x. Live memory beside them and unevenness between ranks: 6 x in all. With zero 0 every
-# rank holds all of it, but old and new layout are the same bytes: 4 x for each of ranks.max.
-SHARDED_FACTOR = 6
-REPLICATED_FACTOR = 4
+# [Note: shared memory] A rank has two slots of its share (the protected version and the one being written), and a
+# third where checkpoints are written from one; while a view changes, the old layout's and the new one's exist.
+# So 4 x or 6 x of the state with zero 1 and 2, where all ranks together hold it once, and as much for each of
+# ranks.max with zero 0. A rank's share is uneven by a block, and headers and indices take a little: a tenth more.
+SLOTS = 2
+SLOTS_WITH_CHECKPOINTS = 3
+MARGIN = 1.1
 
 
 def check(
@@ -66,9 +67,13 @@ def check(
 
 def shared_memory_needed(spec: JobSpec, state_bytes: int) -> int:
     """Returns the bytes of shared memory that a run needs; see [Note: shared memory]."""
-    if spec.layout.zero == 0:
-        return REPLICATED_FACTOR * state_bytes * spec.ranks.max
-    return SHARDED_FACTOR * state_bytes
+    return int(MARGIN * copies_of_state(spec) * state_bytes)
+
+
+def copies_of_state(spec: JobSpec) -> int:
+    """Returns how many times the whole state may be in shared memory at once."""
+    slots = SLOTS_WITH_CHECKPOINTS if spec.checkpoint is not None else SLOTS
+    return 2 * slots * (spec.ranks.max if spec.layout.zero == 0 else 1)
 
 
 def shared_memory(spec: JobSpec, state_bytes: int, shm: Path = Path("/dev/shm")) -> list[Problem]:
@@ -80,7 +85,7 @@ def shared_memory(spec: JobSpec, state_bytes: int, shm: Path = Path("/dev/shm"))
         return [Problem("", MISSING, f"a folder {shm}", f"mount a tmpfs at {shm}", f"no {shm}: {error.strerror}")]
     if free >= needed:
         return []
-    copies = f"{REPLICATED_FACTOR} x {spec.ranks.max} ranks x" if spec.layout.zero == 0 else f"{SHARDED_FACTOR} x"
+    copies = f"{MARGIN} x {copies_of_state(spec)} x"
     smaller = "a smaller model, layout.zero: 1 or 2" if spec.layout.zero == 0 else "a smaller model"
     return [
         Problem(

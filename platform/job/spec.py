@@ -156,7 +156,10 @@ class Limits(_Part):
 
 
 class Timeouts(_Part):
-    """After how many seconds a silent rank is dead, and after how many an operation that does not end is."""
+    """After how many seconds a silent manager is dead, and after how many an operation that does not end is.
+
+    Ranks are judged by their manager from what the kernel says of them, so a busy one is never taken for dead.
+    """
 
     frozen_s: float = Field(2, gt=0, description="seconds, a number above 0", examples=[2])
     stall_s: float = Field(60, gt=0, description="seconds, at least timeouts.frozen_s", examples=[60])
@@ -170,7 +173,7 @@ class Fault(_Part):
     the interpreter lock for `seconds`. scale: asks for `to` ranks after the step committed (no rank).
     """
 
-    at_step: int = Field(ge=0, description="a whole number from 0 to steps", examples=[20])
+    at_step: int = Field(ge=1, description="a whole number from 1 to steps", examples=[20])
     rank: Annotated[int, Field(ge=0)] | None = Field(
         None, description="a whole number from 0 to ranks.max - 1", examples=[1]
     )

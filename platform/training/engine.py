@@ -13,7 +13,8 @@ import torch
 
 from everstep.platform.job.spec import JobSpec
 from everstep.platform.training.conductor import Conductor
-from everstep.platform.training.session import Session, Settings
+from everstep.platform.training.session import Session
+from everstep.platform.training.settings import JobContext, Settings, current_job
 from everstep.platform.training.task import Loss, Task, TaskContext, keyed_seed
 from everstep.platform.training.task_loader import load_task
 
@@ -46,10 +47,17 @@ def settings_of(spec: JobSpec) -> Settings:
     )
 
 
-def build(spec: JobSpec, spec_dir: Path, conductor: Conductor | None) -> Built:
-    """Task, model, optimizers and session, all from the seed. Raises TaskRaised for errors of the task."""
+def load(spec: JobSpec, spec_dir: Path) -> Task:
+    """The job's task. Raises TaskRaised."""
     try:
-        task = load_task(spec.task, spec_dir, spec.args, TaskContext.of(spec))
+        return load_task(spec.task, spec_dir, spec.args, TaskContext.of(spec))
+    except Exception as error:
+        raise TaskRaised(f"loading the task failed: {type(error).__name__}: {error}", 0, -1) from error
+
+
+def build(task: Task, spec: JobSpec, conductor: Conductor | None) -> Built:
+    """Model, optimizers and session, all from the seed. Raises TaskRaised for errors of the task."""
+    try:
         torch.manual_seed(keyed_seed(spec.seed, "model"))
         model = task.model()
         optimizers = task.optimizer(model.parameters())
@@ -69,6 +77,22 @@ def probe(built: Built) -> str:
     except Exception as error:
         raise TaskRaised(f"the dry lane failed: {type(error).__name__}: {error}", 1, 0) from error
     return hashlib.sha256(digest).hexdigest()
+
+
+def has_own_loop(task: Task) -> bool:
+    return type(task).loop is not Task.loop
+
+
+def run_own_loop(task: Task, spec: JobSpec, conductor: Conductor) -> None:
+    """Runs a task that writes its own loop. Raises TaskRaised."""
+    torch.manual_seed(keyed_seed(spec.seed, "model"))
+    token = current_job.set(JobContext(settings_of(spec), task, conductor))
+    try:
+        task.loop()
+    except Exception as error:
+        raise TaskRaised(f"the task's own loop raised: {type(error).__name__}: {error}", 0, -1) from error
+    finally:
+        current_job.reset(token)
 
 
 def train(built: Built) -> None:

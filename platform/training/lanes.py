@@ -57,11 +57,11 @@ class LaneTree(Generic[T]):
         self.nodes: dict[Node, T] = {}
 
     def add(self, node: Node, value: T) -> None:
-        """Raises ValueError for a node that is there already or lies outside the tree."""
+        """Raises ValueError for a node that is there already, also inside a larger one, or outside the tree."""
         level, index = node
         if not 0 <= level <= self._top or len(lanes_under(node, self._lanes)) == 0:
             raise ValueError(f"node {node} is not in a tree of {self._lanes} lanes")
-        if node in self.nodes:
+        if any((up, index >> (up - level)) in self.nodes for up in range(level, self._top + 1)):
             raise ValueError(f"node {node} came twice")
         while level < self._top:
             sibling = (level, index ^ 1)

@@ -16,7 +16,6 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -30,29 +29,14 @@ from everstep.platform.training.lanes import lanes_of
 from everstep.platform.training.messages import Inventory, LaneLoss, Verdict, Vote
 from everstep.platform.training.randomness import KeyedRandomness
 from everstep.platform.training.restore import restore
-from everstep.platform.training.shard import TORN, RankState
+from everstep.platform.training.settings import Settings as Settings
+from everstep.platform.training.settings import current_job
+from everstep.platform.training.shard import TORN, RankState, UnsupportedModel
+from everstep.platform.training.solo import Solo
 from everstep.platform.training.state_lines import hash_lines
 from everstep.platform.training.task import CommitEvent, LaneContext, Loss, Task
 
 log = logging.getLogger(__name__)
-
-current_conductor: ContextVar[Conductor | None] = ContextVar("current_conductor", default=None)
-current_task: ContextVar[Task | None] = ContextVar("current_task", default=None)
-current_settings: ContextVar[Settings | None] = ContextVar("current_settings", default=None)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What of a job matters to a session. `steps`: the last one; `stall_s` in seconds."""
-
-    steps: int
-    lanes: int = 1
-    lane_batch: int = 1
-    seed: int = 0
-    zero: int = 2
-    clip_norm: float | None = None
-    nonfinite_limit: int = 10
-    stall_s: float = 60.0
 
 
 @dataclass
@@ -86,16 +70,17 @@ class Session:
         task: Task | None = None,
         conductor: Conductor | None = None,
     ) -> None:
-        found = settings or current_settings.get()
+        job = current_job.get()
+        found = settings or (job.settings if job is not None else None)
         if found is None:
             raise ValueError("es.Session outside of a job needs settings=es.Settings(steps=…, lanes=…)")
         self.settings = found
-        self.task = task or current_task.get()
+        self.task = task or (job.task if job is not None else None)
         self.model = model
         optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
         self.state = RankState(model, optimizers)
         self._buckets = buckets_of(self.state.layout)
-        self._conductor = conductor or current_conductor.get() or _solo(self.settings)
+        self._conductor = conductor or (job.conductor if job is not None else Solo(self.settings))
         self._random = KeyedRandomness(model, self.settings.seed)
         self._seat: Seat | None = None
         self._attempt: _Attempt | None = None
@@ -115,6 +100,7 @@ class Session:
             self._hooks.append(hooked.register_post_accumulate_grad_hook(self._on_gradient(position)))
         self._bucket_of = {i: b for b in self._buckets for i in b.params}
         self._filling: dict[int, tuple[torch.Tensor, set[int]]] = {}
+        self._lane_buffers = torch.empty(0)
 
     def __enter__(self) -> Session:
         return self
@@ -190,7 +176,7 @@ class Session:
         attempt.samples += self.settings.lane_batch
         self._backward_lane = lane
         try:
-            self._take_buffers(attempt, lane)
+            self._take_buffers(attempt)
             if value.sum.requires_grad:
                 value.sum.backward()  # type: ignore[no-untyped-call]
             for bucket in self._buckets:
@@ -264,6 +250,11 @@ class Session:
             bucket = self._bucket_of[position]
             flat, waiting = self._filling_of(bucket)
             tensor = self.state.layout.tensors[position]
+            if position not in waiting:
+                raise UnsupportedModel(
+                    f"parameter {tensor.name} got a gradient twice in one backward pass: where activation "
+                    "checkpointing runs a module more than once, call checkpoint(..., use_reentrant=False)"
+                )
             at = tensor.start - bucket.start
             flat[at : at + tensor.numel].view(tensor.shape).copy_(gradient)
             waiting.discard(position)
@@ -291,15 +282,16 @@ class Session:
         first_buffer, end = self.state.buffer_range
         start, stop = max(bucket.start, first_buffer), min(bucket.stop, end)
         if stop > start:
-            flat[start - bucket.start : stop - bucket.start].copy_(self.state.compute[start:stop])
+            lane_buffers = self._lane_buffers[start - first_buffer : stop - first_buffer]
+            flat[start - bucket.start : stop - bucket.start].copy_(lane_buffers)
         waiting.clear()
         waiting.add(-1)
         attempt.reduction.add(bucket, lane, flat)
         self._filling[bucket.index] = (torch.empty(0), waiting)
 
-    def _take_buffers(self, attempt: _Attempt, lane: int) -> None:
-        attempt.changed.update(self.state.changed_buffers())
-        integers = [b.detach().clone() for _, b in self.state.integers]
+    def _take_buffers(self, attempt: _Attempt) -> None:
+        self._lane_buffers, changed, integers = self.state.lane_buffers()
+        attempt.changed.update(changed)
         if attempt.integers is None:
             attempt.integers = integers
         elif not all(torch.equal(a, b) for a, b in zip(attempt.integers, integers, strict=True)):
@@ -326,10 +318,10 @@ class Session:
             factor = self.task.schedule(step - 1) if self.task is not None else 1.0
             midway = lambda: conductor.fault_point("apply", step)  # noqa: E731
             state.apply(step, verdict, self.settings.lanes, factor, attempt.integers or [], midway)
-            if verdict.snapshot:
-                self._stall_s = conductor.snapshot(state, lambda: conductor.fault_point("snapshot", step))
             self._last = verdict.last
             self._announce(step, verdict)
+            if verdict.snapshot:
+                self._stall_s = conductor.snapshot(state, lambda: conductor.fault_point("snapshot", step))
             self._attempt = None
             began = time.perf_counter()
             conductor.fault_point("gather", step)
@@ -427,9 +419,3 @@ class Session:
         )
         self.state_lines = lines
         self._done = True
-
-
-def _solo(settings: Settings) -> Conductor:
-    from everstep.platform.training.solo import Solo  # it needs this module's Settings
-
-    return Solo(settings)

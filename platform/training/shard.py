@@ -88,6 +88,7 @@ class RankState:
             view = self.compute[flat.start : flat.stop].view(flat.shape)
             view.copy_(tensor.detach())
             tensor.data = view
+        self._homes = _homes_of(model, [*self.buffers, *self.integers])
         first_buffer = len(self.params)
         self.buffer_range = (
             self.layout.tensors[first_buffer].start if self.buffers else self.layout.total,
@@ -139,19 +140,46 @@ class RankState:
 
     def begin_lane(self) -> None:
         """Every lane starts from the committed buffers."""
+        self._put_home()
         self.compute[slice(*self.buffer_range)].copy_(self._buffers)
         for (_, buffer), committed in zip(self.integers, self._integers, strict=True):
             buffer.copy_(committed)
 
-    def changed_buffers(self) -> list[int]:
-        """Positions among the float buffers of those that the lane's forward changed."""
+    def lane_buffers(self) -> tuple[torch.Tensor, list[int], list[torch.Tensor]]:
+        """Copies of the buffers as the lane's forward left them, also where it bound a new tensor to a name.
+
+        (the float ones in flat order, positions among them of those that changed, the integer ones)
+        """
+        floats = self.compute[slice(*self.buffer_range)].clone()
         changed = []
         for position, (name, buffer) in enumerate(self.buffers):
             flat = self.layout.by_name[name]
             at = flat.start - self.buffer_range[0]
-            if not torch.equal(buffer.reshape(-1), self._buffers[at : at + flat.numel]):
+            mine = floats[at : at + flat.numel]
+            if (bound := self._bound(name, buffer)) is not buffer:
+                mine.copy_(bound.detach().reshape(-1))
+            if not torch.equal(mine, self._buffers[at : at + flat.numel]):
                 changed.append(position)
-        return changed
+        return floats, changed, [self._bound(name, buffer).detach().clone() for name, buffer in self.integers]
+
+    def _bound(self, name: str, buffer: torch.Tensor) -> torch.Tensor:
+        """What the model holds under a buffer's name: `buffer`, until a forward assigns another tensor to it."""
+        found = [getattr(module, leaf) for module, leaf in self._homes[name]]
+        bound = next((value for value in found if value is not buffer), buffer)
+        if not isinstance(bound, torch.Tensor) or (bound.shape, bound.dtype) != (buffer.shape, buffer.dtype):
+            form = f"{bound.dtype}{list(bound.shape)}" if isinstance(bound, torch.Tensor) else type(bound).__name__
+            raise UnsupportedModel(
+                f"buffer {name} was {buffer.dtype}{list(buffer.shape)} and became {form}; "
+                "buffers keep shape and dtype"
+            )
+        return bound
+
+    def _put_home(self) -> None:
+        """The model's buffers are those of the flat space again, whatever a forward assigned to their names."""
+        for name, buffer in [*self.buffers, *self.integers]:
+            for module, leaf in self._homes[name]:
+                if getattr(module, leaf) is not buffer:
+                    setattr(module, leaf, buffer)
 
     # ---- apply ------------------------------------------------------------------------------------------
 
@@ -204,6 +232,7 @@ class RankState:
 
     def gathered(self) -> None:
         """`compute` is whole again: its buffers become the committed ones."""
+        self._put_home()
         self._buffers.copy_(self.compute[slice(*self.buffer_range)])
         for (_, buffer), committed in zip(self.integers, self._integers, strict=True):
             buffer.copy_(committed)
@@ -318,6 +347,18 @@ class RankState:
         for (name, _), committed in zip(self.integers, self._integers, strict=True):
             fill(Want(name, "buffer", 0, committed.numel(), ""), committed.reshape(-1))
         self.stamp = have.step
+
+
+def _homes_of(
+    model: torch.nn.Module, buffers: Sequence[tuple[str, torch.Tensor]]
+) -> dict[str, list[tuple[torch.nn.Module, str]]]:
+    """The modules and attributes that hold each buffer; several where it is tied."""
+    names = {id(buffer): name for name, buffer in buffers}
+    homes: dict[str, list[tuple[torch.nn.Module, str]]] = {name: [] for name, _ in buffers}
+    for module in model.modules():
+        for leaf, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
+            homes[names[id(buffer)]].append((module, leaf))
+    return homes
 
 
 def check_model(model: torch.nn.Module) -> None:

@@ -15,7 +15,7 @@ from everstep.platform.training.verdict import Progress, Rules, judge_step
 from everstep.storage.planner import Copy
 
 if TYPE_CHECKING:
-    from everstep.platform.training.session import Settings
+    from everstep.platform.training.settings import Settings
     from everstep.platform.training.shard import RankState
 
 

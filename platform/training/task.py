@@ -245,6 +245,14 @@ class Task(ABC):
         """The loss of one evaluation batch, called without gradients; by default that of training."""
         return Loss.of(self.loss(model, batch, ctx), self.lane_batch)
 
+    def loop(self) -> None:
+        """Your own training loop instead of the engine's: override it and use `es.Session(model, optimizer)`.
+
+        It runs once in every rank process, with torch's random state set from the seed; the session in it takes
+        steps, lanes and everything else from the job.
+        """
+        raise AssertionError("the engine calls this only where a task overrides it")
+
     def on_commit(self, event: CommitEvent) -> None:  # noqa: B027  # a hook: doing nothing is fine
         """Called after a step is committed, and never for an attempt that was aborted."""
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from everstep.platform.job.result import RunResult as RunResult
     from everstep.platform.job.spec import JobSpec as JobSpec
     from everstep.platform.training.session import Session as Session
+    from everstep.platform.training.settings import Settings as Settings
     from everstep.platform.training.task import CommitEvent as CommitEvent
     from everstep.platform.training.task import Dataset as Dataset
     from everstep.platform.training.task import LaneContext as LaneContext
@@ -30,6 +31,7 @@ _HOME = {
     "Loss": "everstep.platform.training.task",
     "RunResult": "everstep.platform.job.result",
     "Session": "everstep.platform.training.session",
+    "Settings": "everstep.platform.training.settings",
     "Task": "everstep.platform.training.task",
     "run": "everstep.actors.launch",
 }
@@ -41,6 +43,7 @@ __all__ = [  # noqa: RUF022  # the order of the README: what a task needs, then 
     "LaneContext",
     "CommitEvent",
     "Session",
+    "Settings",
     "JobSpec",
     "RunResult",
     "run",

@@ -82,3 +82,15 @@ def stumble(armed: str) -> None:
     if armed:
         Path(armed).unlink()
     raise ZeroDivisionError("there is a hole in the road")
+
+
+class OwnLoop(Mlp):
+    """Mlp, trained by its own loop instead of the engine's."""
+
+    def loop(self) -> None:
+        model = self.model()
+        with es.Session(model, self.optimizer(model.parameters())) as s:
+            for _ in s.steps():
+                for lane in s.lanes():
+                    s.backward(lane, self.loss(model, s.batch(lane), s.context(lane)))
+                s.commit()

@@ -85,11 +85,13 @@ def test_an_exception_while_the_task_is_built_ends_the_run(tmp_path: Path):
     """One that the check before the run did not meet."""
     armed = tmp_path / "armed"
     armed.touch()
-    result = finish(job("Failing", args={"how": "build", "armed": str(armed)})).result
+    done = finish(job("Failing", args={"how": "build", "armed": str(armed)}))
+    result = done.result
     assert result.error is not None
     assert (result.ok, result.error.kind, result.steps) == (False, "task", 0)
     assert "the blueprint is gone" in result.error.message
     assert "in model" in result.error.traceback
+    assert [event.text for event in done.kinds("failed")] == [result.error.message]
 
 
 def test_a_budget_for_the_users_errors_is_kept(tmp_path: Path):

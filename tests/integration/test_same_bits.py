@@ -59,6 +59,14 @@ def test_a_kill_and_a_freeze_do_not_matter(task: str):
     assert frozen == (8, FROZEN, [0])
 
 
+def test_a_tasks_own_loop_has_the_bits_of_the_engines():
+    faults = [{"at_step": 4, "rank": 1, "do": "kill"}, {"at_step": 9, "rank": 0, "do": "kill", "phase": "apply"}]
+    spec = job("OwnLoop", ranks=ranks(3, spares=1), faults=faults)
+    done = finish(spec)
+    assert_same_bits(done.result, spec)
+    assert len(recoveries(done)) == 2
+
+
 # Before the verdict the step is not committed; after it only what a dead rank had sealed is left of it.
 PHASES = {"gradient": 6, "reduce": 6, "vote": 6, "verdict": 6, "apply": 6, "snapshot": 6, "gather": 7}
 

@@ -24,6 +24,7 @@ EXPORTS = {
     "Loss",
     "RunResult",
     "Session",
+    "Settings",
     "Task",
     "__version__",
     "run",
@@ -102,7 +103,9 @@ def test_no_file_or_folder_shadows_another_module():
 
 
 def test_files_fit_a_readers_head():
-    lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in _sources()}
+    """Of the product; a test file is a list of cases, and read one case at a time."""
+    product = [path for path in _sources() if path.relative_to(ROOT).parts[0] != "tests"]
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in product}
     assert {name: length for name, length in lengths.items() if length > MAX_LINES} == {}
 
 

@@ -238,14 +238,14 @@ def test_too_little_shared_memory_is_refused_with_the_numbers(tmp_path, monkeypa
     usage = type("Usage", (), {"free": 64 << 20})
     monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: usage)
     job = spec()
-    assert shared_memory(job, 10 << 20) == []
-    (problem,) = shared_memory(job, 11 << 20)
+    assert shared_memory(job, 14 << 20) == []
+    (problem,) = shared_memory(job, 15 << 20)
     text = problem.render()
     assert "64.0 MiB free" in text
-    assert "66.0 MiB (6 x 11.0 MiB of training state)" in text
+    assert "66.0 MiB (1.1 x 4 x 15.0 MiB of training state)" in text
     assert "--shm-size=1g" in text
-    (problem,) = shared_memory(spec(layout={"zero": 0}, ranks={"max": 4}), 11 << 20)
-    assert "176.0 MiB (4 x 4 ranks x 11.0 MiB" in problem.render()
+    (problem,) = shared_memory(spec(layout={"zero": 0}, ranks={"max": 4}), 15 << 20)
+    assert "264.0 MiB (1.1 x 16 x 15.0 MiB" in problem.render()
     assert "layout.zero" in problem.fix
 
 
