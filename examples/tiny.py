@@ -1,4 +1,4 @@
-"""Three small tasks that step in milliseconds, each with one thing that is easy to get wrong.
+"""Small tasks that step in milliseconds, each with one thing that is easy to get wrong.
 
 Purpose: fast tests, and short examples of the Task API. All data is synthetic and follows from the seed.
 Thread-safety: as every task, one thread.
@@ -7,6 +7,7 @@ Thread-safety: as every task, one thread.
     Norm     BatchNorm: buffers that every lane changes, one of them an integer
     Tokens   a token-weighted loss over lanes of very uneven weight, some of it zero, and a head that most
              batches leave without a gradient
+    OwnLoop  Mlp once more, with a training loop of its own instead of the engine's; it ends with the same bits
 """
 
 from __future__ import annotations
@@ -69,6 +70,18 @@ class Mlp(es.Task):
 
     def loss(self, model: nn.Module, batch: Pair, ctx: es.LaneContext) -> torch.Tensor:
         return functional.cross_entropy(model(batch[0]), batch[1])
+
+
+class OwnLoop(Mlp):
+    """What the engine does, written out: this is all there is to it."""
+
+    def loop(self) -> None:
+        model = self.model()
+        with es.Session(model, self.optimizer(model.parameters())) as s:
+            for _ in s.steps():  # an aborted step comes again
+                for lane in s.lanes():
+                    s.backward(lane, self.loss(model, s.batch(lane), s.context(lane)))
+                s.commit()
 
 
 class Norm(es.Task):
