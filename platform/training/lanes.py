@@ -59,7 +59,7 @@ class LaneTree(Generic[T]):
     def add(self, node: Node, value: T) -> None:
         """Raises ValueError for a node that is there already, also inside a larger one, or outside the tree."""
         level, index = node
-        if not 0 <= level <= self._top or len(lanes_under(node, self._lanes)) == 0:
+        if not 0 <= level <= self._top or index < 0 or len(lanes_under(node, self._lanes)) == 0:
             raise ValueError(f"node {node} is not in a tree of {self._lanes} lanes")
         if any((up, index >> (up - level)) in self.nodes for up in range(level, self._top + 1)):
             raise ValueError(f"node {node} came twice")

@@ -74,6 +74,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it(
     data.write_bytes(damaged)
     with cli(tmp_path, spec) as run:
         assert run.wait() == 0, run.err
-        assert f"{newest.name} is passed over" in run.out + run.err
+        assert f"a checkpoint is passed over: {newest.name}: " in run.out
+        assert "rank-00000.safetensors" in str(run.result().findings[0].evidence)
         assert "resuming from step 4" in run.out
         assert_same_bits(run.result(), JobSpec.parse(spec), start=4)

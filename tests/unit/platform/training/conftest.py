@@ -1,0 +1,378 @@
+"""Ranks as threads of this process: an in-memory wire, and a group that forms views, judges and keeps segments.
+
+`Group` is a `Conductor` for each of its threads: the real chooser, planner, segments and verdict, without
+sockets and processes. `faults` maps (phase, step, rank) to what happens there, once: "abort" ends the view, "die"
+ends the rank too, "join" makes one rank more.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from everstep.actors.fetch import fetch_local
+from everstep.collectives.errors import PeerLost
+from everstep.platform.training.conductor import Seat
+from everstep.platform.training.layout import Run
+from everstep.platform.training.messages import Inventory, Stock, Verdict, ViewPlan, Vote
+from everstep.platform.training.recovery import choose
+from everstep.platform.training.session import Session, Settings
+from everstep.platform.training.shard import RankState, bytes_of
+from everstep.platform.training.verdict import Progress, Rules, judge_step
+from everstep.storage.index import Source, StateIndex
+from everstep.storage.planner import Copy
+from everstep.storage.segment import SegmentMap, Writer, create_segment, read_index, read_seal, required_bytes
+from everstep.storage.state_hash import combine
+
+PATIENCE_S = 60.0
+
+
+class Post:
+    """The wires of one view. A frame is read from its sender's memory as late as `flush` allows."""
+
+    def __init__(self, ranks: int) -> None:
+        self.condition = threading.Condition()
+        self.frames: dict[tuple[int, int, int], list[memoryview]] = {}
+        self.over = ""
+        self.wires = [Wire(self, rank, ranks) for rank in range(ranks)]
+
+    def end(self, why: str) -> None:
+        with self.condition:
+            self.over = self.over or why
+            self.condition.notify_all()
+
+
+@dataclass
+class Wire:
+    post: Post
+    rank: int
+    size: int
+
+    def send(self, peer: int, tag: int, buffers: Sequence[memoryview]) -> None:
+        assert peer != self.rank
+        with self.post.condition:
+            if self.post.over:
+                raise PeerLost(self.post.over)
+            key = (self.rank, peer, tag)
+            assert key not in self.post.frames, f"frame {key} twice"
+            self.post.frames[key] = [memoryview(b).cast("B") for b in buffers]
+            self.post.condition.notify_all()
+
+    def recv(self, peer: int, tag: int, timeout_s: float) -> bytearray:
+        key = (peer, self.rank, tag)
+        with self.post.condition:
+            there = lambda: key in self.post.frames or self.post.over  # noqa: E731
+            assert self.post.condition.wait_for(there, PATIENCE_S), f"nobody sends {key}"
+            if key not in self.post.frames:
+                raise PeerLost(self.post.over)
+            return bytearray(b"".join(self.post.frames.pop(key)))
+
+    def flush(self) -> None:
+        with self.post.condition:
+            if self.post.over:
+                raise PeerLost(self.post.over)
+            for key, frame in self.post.frames.items():
+                if key[0] == self.rank:
+                    self.post.frames[key] = [memoryview(b"".join(frame))]
+
+
+def in_threads(work: Sequence[Callable[[], Any]]) -> list[Any]:
+    """The results of all; raises the first error of any."""
+    results: list[Any] = [None] * len(work)
+    errors: list[BaseException] = []
+
+    def call(at: int) -> None:
+        try:
+            results[at] = work[at]()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=call, args=(at,), name=f"rank-{at}") for at in range(len(work))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(2 * PATIENCE_S)
+        assert not thread.is_alive(), f"{thread.name} hangs"
+    if errors:
+        raise errors[0]
+    return results
+
+
+class Died(BaseException):
+    """Ends a rank's thread as a SIGKILL ends its process."""
+
+
+@dataclass
+class Outcome:
+    """What a group's run came to."""
+
+    state_sha256: str
+    verdicts: dict[int, set[tuple[str, float]]]  # by step: (outcome, loss), also of steps that were redone
+    yielded: dict[str, list[int]]  # by rank: the steps that its session yielded
+    views: list[tuple[int, int]]  # (base step, ranks)
+    sessions: dict[str, Session]
+
+
+@dataclass
+class Group:
+    """Views, verdicts and segments of some ranks. One lock; ranks wait on its condition."""
+
+    folder: Path
+    settings: Settings
+    faults: dict[tuple[str, int, int], str]
+    start: Callable[[str], None]
+    alive: set[str] = field(default_factory=set)
+    condition: threading.Condition = field(default_factory=threading.Condition)
+    offers: dict[str, Inventory] = field(default_factory=dict)
+    seats: dict[str, Seat] = field(default_factory=dict)
+    votes: dict[int, dict[str, Vote]] = field(default_factory=dict)
+    decided: dict[int, Verdict] = field(default_factory=dict)
+    levelled: set[str] = field(default_factory=set)
+    view: int = 0
+    over: bool = True
+    post: Post = field(default_factory=lambda: Post(0))
+    stocks: dict[str, dict[str, StateIndex]] = field(default_factory=dict)
+    progress: dict[int, Progress] = field(default_factory=lambda: {0: Progress()})
+    outcome: Outcome = field(default_factory=lambda: Outcome("", {}, {}, [], {}))
+
+    def end_view(self, why: str) -> None:
+        with self.condition:
+            self.over = True
+            self.post.end(why)
+            self._form()
+            self.condition.notify_all()
+
+    def _form(self) -> None:
+        """The next view, once all that live have made their offer."""
+        if not self.over or not self.alive or set(self.offers) != self.alive:
+            return
+        names = sorted(self.alive)
+        stocks = {name: Stock(tuple(versions.values())) for name, versions in self.stocks.items()}
+        choice = choose(names, self.offers, stocks, None, 0)
+        final = choice.base_step >= self.settings.steps
+        self.view += 1
+        self.post = Post(len(names))
+        self.over = False
+        self.offers.clear()
+        self.votes.clear()
+        self.decided.clear()
+        self.levelled.clear()
+        plan = ViewPlan(choice.owned, choice.have, final=final)
+        for rank, name in enumerate(names):
+            wire = self.post.wires[rank] if len(names) > 1 else None
+            self.seats[name] = Seat(str(self.view), rank, choice.base_step, plan, wire, tuple(names))
+        self.outcome.views.append((choice.base_step, len(names)))
+
+    def judge(self, step: int) -> Verdict:
+        votes = self.votes[step]
+        kind = {vote.kind for vote in votes.values()}.pop()
+        if kind == "seal":
+            return Verdict("sealed")
+        if kind == "hash":
+            lines = [line for vote in votes.values() for line in vote.hash_lines]
+            self.outcome.state_sha256 = combine(lines, step - 2)
+            return Verdict("finished")
+        settings = self.settings
+        rules = Rules(settings.lanes, settings.clip_norm, settings.nonfinite_limit)
+        verdict, self.progress[step] = judge_step(step, votes, rules, self.progress[step - 1])
+        self.outcome.verdicts.setdefault(step, set()).add((verdict.outcome, verdict.loss))
+        return verdict
+
+
+class Rank:
+    """One rank's `Conductor`."""
+
+    def __init__(self, group: Group, name: str) -> None:
+        self.name = name
+        self._group = group
+        self._seat: Seat | None = None
+        self._sealed = -1
+
+    def take_seat(self, inventory: Callable[[], Inventory]) -> Seat:
+        group = self._group
+        offer = inventory()
+        with group.condition:
+            group.seats.pop(self.name, None)
+            group.offers[self.name] = offer
+            group._form()
+            group.condition.notify_all()
+            assert group.condition.wait_for(lambda: self.name in group.seats, PATIENCE_S), "no view forms"
+            self._seat = group.seats[self.name]
+        self._sealed = -1
+        return self._seat
+
+    def fetch(self, seat: Seat, copies: list[tuple[Copy, memoryview]]) -> None:
+        for copy, buffer in copies:
+            assert copy.source.kind == "segment", "a rank's own memory is not fetched"
+            fetch_local(str(self._group.folder / copy.source.locator), [(copy, buffer)])
+
+    def own_domain(self, domain: str) -> bool:
+        return domain == self.name
+
+    def level(self, seat: Seat) -> None:
+        group = self._group
+        with group.condition:
+            group.levelled.add(self.name)
+            group.condition.notify_all()
+            self._wait(lambda: group.levelled == set(seat.names))
+
+    def over(self) -> bool:
+        return self._group.over or self._group.seats.get(self.name) is not self._seat
+
+    def vote(self, seat: Seat, step: int, vote: Vote) -> Verdict:
+        group = self._group
+        with group.condition:
+            if self.over():
+                raise PeerLost("the view is over")
+            group.votes.setdefault(step, {})[self.name] = vote
+            if set(group.votes[step]) == set(seat.names):
+                group.decided[step] = group.judge(step)
+                group.condition.notify_all()
+            decided = group.decided
+            self._wait(lambda: step in decided)
+            return decided[step]
+
+    def _wait(self, ready: Callable[[], bool]) -> None:
+        condition = self._group.condition
+        assert condition.wait_for(lambda: ready() or self.over(), PATIENCE_S), f"{self.name} hangs"
+        if not ready():
+            raise PeerLost("the view is over")
+
+    def snapshot(self, state: RankState, before_seal: Callable[[], None]) -> float:
+        assert self._seat is not None
+        label, step = int(self._seat.view), state.stamp
+        locator = f"{self.name}.view-{label}.step-{step}"
+        if locator in self._group.stocks.setdefault(self.name, {}):
+            self._sealed = step
+            return 0.0
+        path = self._group.folder / locator
+        create_segment(path, required_bytes(state.footprint()))
+        with SegmentMap(path, writable=True) as segment:
+            writer = Writer(segment)
+            writer.begin()
+            for meta in state.metas():
+                writer.put(meta, 0, 0, b"")
+            for place in state.places():
+                writer.put(place.meta, place.start, place.stop, bytes_of(place.tensor))
+            before_seal()
+            writer.seal(1, label, step)
+            seal = read_seal(segment)
+            assert seal is not None
+            index = read_index(segment, seal, Source("segment", self.name, locator))
+        with self._group.condition:
+            self._group.stocks[self.name][locator] = index
+        self._sealed = step
+        return 0.0
+
+    def sealed_step(self) -> int:
+        return self._sealed
+
+    def fault_point(self, phase: str, step: int) -> None:
+        assert self._seat is not None
+        group = self._group
+        with group.condition:
+            what = group.faults.pop((phase, step, self._seat.rank), "")
+        if what == "join":
+            with group.condition:
+                name = f"rank-{len(group.outcome.sessions)}"
+                group.alive.add(name)
+            group.start(name)
+        elif what == "die":
+            with group.condition:
+                group.alive.discard(self.name)
+                group.offers.pop(self.name, None)
+        if what:
+            group.end_view(f"{what} of {self.name} at {phase} of step {step}")
+            raise Died if what == "die" else PeerLost(what)
+
+    def stand_up(self, error: str) -> None:
+        pass
+
+    def slow_factor(self, step: int) -> float:
+        return 1.0
+
+
+MakeSession = Callable[[Any], Session]
+Train = Callable[[Session, str], None]
+
+
+def run_group(
+    folder: Path,
+    settings: Settings,
+    ranks: int,
+    make: MakeSession,
+    lane_loss: Callable[[Session, int, int], Any],
+    faults: Mapping[tuple[str, int, int], str] | None = None,
+) -> Outcome:
+    """Trains with `ranks` threads; `make(conductor)` builds a session, `lane_loss(session, step, lane)` a loss."""
+    threads: list[threading.Thread] = []
+    errors: list[BaseException] = []
+
+    def body(name: str) -> None:
+        session = group.outcome.sessions[name]
+        try:
+            with session as s:
+                for step in s.steps():
+                    group.outcome.yielded.setdefault(name, []).append(step)
+                    for lane in s.lanes():
+                        s.backward(lane, lane_loss(s, step, lane))
+                    s.commit()
+        except Died:
+            pass
+        except BaseException as error:
+            errors.append(error)
+            group.end_view(f"{name} failed")
+
+    def start(name: str) -> None:
+        with building:  # models are built from torch's one random state
+            torch.manual_seed(settings.seed)
+            group.outcome.sessions[name] = make(Rank(group, name))
+        thread = threading.Thread(target=body, args=(name,), name=name)
+        threads.append(thread)
+        thread.start()
+
+    building = threading.Lock()
+    group = Group(folder, settings, dict(faults or {}), start)
+    group.alive = {f"rank-{rank}" for rank in range(ranks)}
+    for rank in range(ranks):
+        start(f"rank-{rank}")
+    for thread in threads:  # a joiner's is appended before the one that let it in ends
+        thread.join(2 * PATIENCE_S)
+        assert not thread.is_alive(), f"{thread.name} hangs"
+    if errors:
+        raise errors[0]
+    assert not group.faults, f"never reached: {group.faults}"
+    return group.outcome
+
+
+Owned = Sequence[Sequence[Run]]
+
+
+@pytest.fixture
+def group_run(tmp_path: Path) -> Callable[..., Outcome]:
+    """`run_group` in a folder of its own, as often as a test likes."""
+    count = [0]
+
+    def run(*args: Any, **kwargs: Any) -> Outcome:
+        count[0] += 1
+        folder = tmp_path / f"group-{count[0]}"
+        folder.mkdir()
+        return run_group(folder, *args, **kwargs)
+
+    return run
+
+
+@pytest.fixture
+def wires() -> Callable[[int], list[Wire]]:
+    return lambda ranks: Post(ranks).wires
+
+
+@pytest.fixture
+def threads() -> Callable[[Sequence[Callable[[], Any]]], list[Any]]:
+    return in_threads
