@@ -71,7 +71,7 @@ class RankConductor:
         self._slots = Slots.empty(2)
         self._maps: list[SegmentMap] = []
         self._sealed = -1
-        self._checkpoint_to = ""
+        self._checkpoint_to = (-1, "")  # step and folder of the checkpoint that the newest verdict asked for
         self._listener = Listener(interface_towards(config.manager), config.token)
         self._control = ControlClient(config.manager, config.token, self._on_message, self._on_lost)
         self.note("hello", config.name.encode())
@@ -142,7 +142,7 @@ class RankConductor:
         verdict = msgspec.msgpack.decode(message.payload, type=Verdict)
         if verdict.protected_step >= 0 and self._slots.index_of(verdict.protected_step, self._label) is not None:
             self._slots = self._slots.protected(verdict.protected_step, self._label)
-        self._checkpoint_to = verdict.checkpoint
+        self._checkpoint_to = (step, verdict.checkpoint)
         return verdict
 
     def stand_up(self, error: str) -> None:
@@ -195,7 +195,24 @@ class RankConductor:
             self._sealed = step
             return 0.0
         index = self._reserve(step)
-        writer = Writer(self._maps[index])
+        try:
+            self._write(self._maps[index], state, before_seal)
+        except BaseException:
+            self._slots = self._slots.abandoned(index)
+            raise
+        self._slots = self._slots.sealed(index, step)
+        self._sealed = step
+        (wanted, folder), self._checkpoint_to = self._checkpoint_to, (-1, "")
+        if folder and wanted == step:
+            assert self._seat is not None
+            self._slots = self._slots.pin(step)
+            self._pinned[self._maps[index].path] = step
+            file = f"rank-{self._seat.rank:05d}.safetensors"
+            self.note("save", msgspec.msgpack.encode(SaveSegment(self._maps[index].path, step, folder, file)))
+        return time.perf_counter() - began
+
+    def _write(self, segment: SegmentMap, state: RankState, before_seal: Callable[[], None]) -> None:
+        writer = Writer(segment)
         writer.begin()
         for meta in state.metas():
             # Every index lists the whole state's tensors: one that only a lost domain holds would otherwise be in
@@ -204,17 +221,7 @@ class RankConductor:
         for place in state.places():
             writer.put(place.meta, place.start, place.stop, bytes_of(place.tensor))
         before_seal()
-        writer.seal(*self._label, step)
-        self._slots = self._slots.sealed(index, step)
-        self._sealed = step
-        folder, self._checkpoint_to = self._checkpoint_to, ""
-        if folder:
-            assert self._seat is not None
-            self._slots = self._slots.pin(step)
-            self._pinned[self._maps[index].path] = step
-            file = f"rank-{self._seat.rank:05d}.safetensors"
-            self.note("save", msgspec.msgpack.encode(SaveSegment(self._maps[index].path, step, folder, file)))
-        return time.perf_counter() - began
+        writer.seal(*self._label, state.stamp)
 
     def _reserve(self, step: int) -> int:
         deadline = time.monotonic() + self._stall_s

@@ -85,6 +85,7 @@ class Session:
         self._seat: Seat | None = None
         self._attempt: _Attempt | None = None
         self._announced = 0  # newest step whose on_commit was called
+        self._decided: tuple[int, Verdict] | None = None  # newest verdict, applied or not
         self._stall_s = 0.0
         self._exchange_s = 0.0
         self._backward_lane = -1
@@ -312,6 +313,7 @@ class Session:
             conductor.fault_point("vote", step)
             vote = self._vote(attempt, owned[seat.rank], computed - attempt.started, exchanged - computed)
             verdict = conductor.vote(seat, step, vote)
+            self._decided = (step, verdict)
             conductor.fault_point("verdict", step)
             if verdict.outcome == "failed":
                 raise RunOver(verdict.error)
@@ -377,6 +379,8 @@ class Session:
             whole = [(0, state.layout.total)]
             runs = whole if self.settings.zero == 0 else list(seat.plan.owned[seat.rank])
             restore(state, runs, seat, conductor)
+            if self._decided is not None and self._decided[0] <= seat.base_step:
+                self._announce(*self._decided)  # the others applied it, and this rank got it from them
             marks.append(time.perf_counter())
             conductor.level(seat)
             marks.append(time.perf_counter())

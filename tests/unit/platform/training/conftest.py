@@ -30,7 +30,7 @@ from everstep.storage.planner import Copy
 from everstep.storage.segment import SegmentMap, Writer, create_segment, read_index, read_seal, required_bytes
 from everstep.storage.state_hash import combine
 
-PATIENCE_S = 60.0
+PATIENCE_S = 20.0
 
 
 class Post:
