@@ -217,7 +217,8 @@ class Mesh:
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
             connection.setsockopt(socket.SOL_SOCKET, option, _BUFFER_BYTES)
         with self._condition:
-            if self._error is not None or self._closed or peer in self._links or not 0 <= peer < self.size:
+            stranger = peer == self.rank or not 0 <= peer < self.size
+            if self._error is not None or self._closed or stranger or peer in self._links:
                 connection.close()
                 return
             self._links[peer] = _Link(self, peer, connection)
@@ -245,6 +246,7 @@ class Mesh:
         address = self.view.members[peer].address
         host, port = address.rsplit(":", 1)
         context = _context(self.view.id, self.rank)
+        connection = None
         try:
             connection = socket.create_connection((host, int(port)), max(0.1, deadline - time.monotonic()))
             connection.settimeout(HANDSHAKE_TIMEOUT_S)
@@ -256,7 +258,9 @@ class Mesh:
                 raise HandshakeRefused(f"{address} does not know this run's token")
             connection.sendall(proof(self._token, "client", nonce, theirs, context))
             self._await_acceptance(connection)
-        except (OSError, HandshakeRefused) as error:
+        except (OSError, HandshakeRefused, PeerLost) as error:
+            if connection is not None:
+                connection.close()
             with self._condition:
                 self._check()
             self.broken(peer, f"connecting to {address}: {error}")

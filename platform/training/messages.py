@@ -73,6 +73,7 @@ class Vote(msgspec.Struct, frozen=True):
     untouched: tuple[int, ...] = ()  # parameters without a gradient in any of my lanes
     changed: tuple[int, ...] = ()  # float buffers that a lane of mine changed
     integers: str = ""  # digest of the integer buffers after my lanes; all lanes must agree
+    integers_agree: bool = True  # among my own lanes
     sealed_step: int = -1  # newest snapshot that I have sealed
     hash_lines: tuple[str, ...] = ()
     compute_s: float = 0.0

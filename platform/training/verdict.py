@@ -40,7 +40,7 @@ def judge_step(step: int, votes: Mapping[str, Vote], rules: Rules, progress: Pro
             losses[lane_loss.lane] = lane_loss
     integers = {vote.integers for vote in votes.values()}
     protected = min(vote.sealed_step for vote in votes.values())
-    if len(integers) > 1:
+    if len(integers) > 1 or not all(vote.integers_agree for vote in votes.values()):
         error = "integer buffers differ between lanes after the forward pass: they must not depend on the data"
         return Verdict("failed", protected_step=protected, error=error), progress
     loss_sum = sum_lanes({lane: item.sum for lane, item in losses.items()}, rules.lanes)

@@ -6,13 +6,13 @@ from __future__ import annotations
 import os
 import signal
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import pytest
 
 from everstep.platform.job.registry import Registry
-from everstep.platform.job.result import RunResult
 from everstep.platform.job.spec import JobSpec
 from everstep.storage.checkpoint import Checkpoint
 from integration.harness import (
@@ -23,28 +23,52 @@ from integration.harness import (
     finish,
     job,
     job_dict,
-    live,
     marked,
     ports_of,
     ranks,
     reference,
     run_folders,
-    until,
 )
 
 COLLECTED_S = 15.0
+HOSTS = ["processes", pytest.param("ray", marks=pytest.mark.ray)]
 
 
-def left_of(run: Cli, ports: set[int], folders: list[Path]) -> list[str]:
-    """What there still is of a run: processes, folders, ports."""
-    named = [str(folder) for folder in folders]
-    found = [f"process {p.pid} {' '.join(_command(p))}" for p in marked(run.mark) if p.pid != os.getpid()]
-    for process in psutil.process_iter():  # a reaper has no environment of ours
-        if any(name in word for word in _command(process) for name in named):
-            found.append(f"process {process.pid} {' '.join(_command(process))}")
-    found += [f"folder {folder}" for folder in [*folders, *run_folders(run.name)] if folder.exists()]
-    listening = {c.laddr.port for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN}
-    return found + [f"port {port}" for port in ports & listening]
+@dataclass(frozen=True)
+class Traces:
+    """What a live run has in the system, to be looked for when it has ended."""
+
+    run: Cli
+    pids: frozenset[int] = frozenset()
+    ports: frozenset[int] = frozenset()
+    folders: tuple[Path, ...] = ()
+
+    @staticmethod
+    def of(run: Cli) -> Traces:
+        shared = run_folders(run.name)
+        ray = [Path(file.read_text()) for folder in shared for file in folder.glob("folders/*")]
+        processes = marked(run.mark)
+        pids = frozenset(process.pid for process in processes)
+        return Traces(run, pids, frozenset(ports_of(processes)), (*shared, *ray))
+
+    def left(self) -> list[str]:
+        """What there still is of it."""
+        found = [f"process {process.pid} {' '.join(_command(process))}" for process in marked(self.run.mark)]
+        names = [str(folder) for folder in self.folders]
+        for process in psutil.process_iter():  # a reaper has no environment of ours
+            if any(name in word for word in _command(process) for name in names):
+                found.append(f"process {process.pid} {' '.join(_command(process))}")
+        found += [f"folder {folder}" for folder in (*self.folders, *run_folders(self.run.name)) if folder.exists()]
+        for c in psutil.net_connections("tcp"):
+            if c.status == psutil.CONN_LISTEN and c.laddr.port in self.ports and c.pid in (None, *self.pids):
+                found.append(f"port {c.laddr.port}")
+        return found
+
+    def are_collected(self, since: float) -> None:
+        """Fails if anything is left COLLECTED_S after `since`."""
+        while left := self.left():
+            assert time.monotonic() < since + COLLECTED_S, f"left after {COLLECTED_S:g} s: {left}"
+            time.sleep(0.05)
 
 
 def _command(process: psutil.Process) -> list[str]:
@@ -54,22 +78,14 @@ def _command(process: psutil.Process) -> list[str]:
         return []
 
 
-def assert_nothing_is_left(run: Cli, ports: set[int], folders: list[Path], since: float) -> None:
-    while left := left_of(run, ports, folders):
-        assert time.monotonic() < since + COLLECTED_S, f"left after {COLLECTED_S:g} s: {left}"
-        time.sleep(0.05)
-
-
-def further_folders(run: Cli) -> list[Path]:
-    """Ray's temporary folder, where there is one."""
-    return [Path(file.read_text()) for folder in run_folders(run.name) for file in folder.glob("folders/*")]
-
-
 # ---- the task's own fault -------------------------------------------------------------------------------
 
 
-def test_an_exception_in_the_task_ends_the_run_with_traceback_rank_and_lane(tmp_path: Path):
-    with cli(tmp_path, job_dict("Failing")) as run:
+@pytest.mark.parametrize("host", HOSTS)
+def test_an_exception_in_the_task_ends_the_run_with_traceback_rank_and_lane(tmp_path: Path, host: str):
+    with cli(tmp_path, job_dict("Failing"), host=host) as run:
+        run.until(lambda: run_folders(run.name), "the run's folder")
+        traces = Traces.of(run)
         assert run.wait() == 1
         ended = time.monotonic()
         error = run.result().error
@@ -78,7 +94,7 @@ def test_an_exception_in_the_task_ends_the_run_with_traceback_rank_and_lane(tmp_
         assert "hole in the road" in error.message
         for words in ("in stumble", "hole in the road", "rank 2", "lane 5"):
             assert words in run.err
-        assert_nothing_is_left(run, set(), [], ended)
+        traces.are_collected(ended)
 
 
 def test_an_exception_while_the_task_is_built_ends_the_run(tmp_path: Path):
@@ -144,9 +160,9 @@ def test_ctrl_c_stops_after_the_step_and_the_same_command_resumes(tmp_path: Path
     spec, gates = gated(tmp_path, 5, checkpoint={"to": "runs", "every": 100})
     with cli(tmp_path, spec) as run:
         run.at_step(5)
-        ports, folders = ports_of(marked(run.mark)), run_folders(run.name)
-        assert ports
-        assert len(folders) == 1
+        traces = Traces.of(run)
+        assert traces.ports
+        assert len(traces.folders) == 1
         run.process.send_signal(signal.SIGINT)
         run.until(lambda: "stopping after this step" in run.out, "it says that it stops")
         gates.open(5)
@@ -155,21 +171,22 @@ def test_ctrl_c_stops_after_the_step_and_the_same_command_resumes(tmp_path: Path
         assert f"resume with: everstep run {run.file} --host processes" in run.out
         first = run.result()
         assert (first.stopped, first.steps) == (True, 6)
-        assert_nothing_is_left(run, ports, folders, ended)
+        traces.are_collected(ended)
     with cli(tmp_path, spec) as again:
         assert again.wait() == 0, again.err
         ended = time.monotonic()
         parsed = JobSpec.parse(spec)
         assert_same_bits(again.result(), parsed, start=6)
         assert first.losses == list(reference(parsed).losses[:6])
-        assert_nothing_is_left(again, set(), [], ended)
+        Traces(again).are_collected(ended)
 
 
-def test_a_second_ctrl_c_ends_at_once(tmp_path: Path):
-    spec, _ = gated(tmp_path, 3)
-    with cli(tmp_path, spec) as run:
+@pytest.mark.parametrize("host", HOSTS)
+def test_a_second_ctrl_c_ends_at_once(tmp_path: Path, host: str):
+    spec, _ = gated(tmp_path, 3, ranks=ranks(2))
+    with cli(tmp_path, spec, host=host) as run:
         run.at_step(3)
-        ports, folders = ports_of(marked(run.mark)), run_folders(run.name)
+        traces = Traces.of(run)
         run.process.send_signal(signal.SIGINT)
         run.until(lambda: "stopping after this step" in run.out, "it says that it stops")
         run.process.send_signal(signal.SIGINT)
@@ -177,7 +194,7 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path: Path):
         assert run.wait() == 130
         assert "ending at once" in run.err
         assert "it can only start over" in run.out
-        assert_nothing_is_left(run, ports, folders, asked)
+        traces.are_collected(asked)
 
 
 @pytest.mark.parametrize(("host", "frozen"), [
@@ -188,36 +205,25 @@ def test_sigkill_of_the_driver_leaves_nothing(tmp_path: Path, host: str, frozen:
     spec, _ = gated(tmp_path, 2, ranks=ranks(2))
     with cli(tmp_path, spec, host=host) as run:
         run.at_step(2)
-        before = marked(run.mark)
-        ports, folders = ports_of(before), run_folders(run.name) + further_folders(run)
+        traces = Traces.of(run)
         members = {member["name"]: member["pid"] for member in run.status()["members"]}
         assert {"rank-0.1", "rank-1.1", "manager-0.1", "manager-1.1"} <= members.keys()
-        assert set(members.values()) <= {process.pid for process in before}
-        assert ports
-        assert len(folders) == (1 if host == "processes" else 2)
+        assert set(members.values()) <= traces.pids
+        assert traces.ports
+        assert len(traces.folders) == (1 if host == "processes" else 2)
         if frozen:
             os.kill(members["manager-0.1"], signal.SIGSTOP)
             os.kill(members["rank-0.1"], signal.SIGSTOP)
         killed = time.monotonic()
         run.kill()
-        assert_nothing_is_left(run, ports, folders, killed)
+        traces.are_collected(killed)
         assert Registry().find(run.name).state == "died"
 
 
 def test_a_driver_killed_while_it_starts_leaves_nothing(tmp_path: Path):
     with cli(tmp_path, job_dict()) as run:
         run.until(lambda: run_folders(run.name), "the run's folder")
-        folders = run_folders(run.name)
+        traces = Traces.of(run)
         killed = time.monotonic()
         run.kill()
-        assert_nothing_is_left(run, set(), folders, killed)
-
-
-def test_a_live_name_is_taken_and_a_dead_one_is_free(tmp_path: Path):
-    """In one process: the command line's refusal is in test_steering."""
-    spec = job(steps=3)
-    with live(spec) as run:
-        until(lambda: run.step() >= 1, "a step")
-        result: RunResult = run.result()
-    assert_same_bits(result, spec)
-    assert_same_bits(finish(spec).result, spec)
+        traces.are_collected(killed)

@@ -9,10 +9,23 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 
 from everstep.platform.job.spec import JobSpec
-from integration.harness import Finished, Gates, Live, assert_same_bits, finish, job, live, ranks, reference, same
+from integration.harness import (
+    Finished,
+    Gates,
+    Live,
+    assert_same_bits,
+    finish,
+    job,
+    live,
+    ranks,
+    reference,
+    same,
+    until,
+)
 
 TASKS = ("Mlp", "Norm", "Tokens")
 # Its host, its manager and its stream all notice a death; who is first gives it its name.
@@ -223,6 +236,7 @@ def test_the_same_on_ray():
     ]
     spec = job("Norm", ranks=ranks(3, spares=1), layout={"zero": 1}, faults=faults)
     done = finish(spec, host="ray")
+    until(lambda: not psutil.Process().children(recursive=True), "the end of Ray's own processes")
     assert_same_bits(done.result, spec)
     assert_every_verdict_is_the_references(done, spec)
     assert [event.data["index"] for event in done.kinds("fault")] == [0, 1, 2]

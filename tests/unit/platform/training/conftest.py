@@ -252,6 +252,7 @@ class Rank:
             self._sealed = step
             return 0.0
         path = self._group.folder / locator
+        path.unlink(missing_ok=True)  # begun and not sealed: the view ended in between
         create_segment(path, required_bytes(state.footprint()))
         with SegmentMap(path, writable=True) as segment:
             writer = Writer(segment)
@@ -327,6 +328,9 @@ def run_group(
             pass
         except BaseException as error:
             errors.append(error)
+            with group.condition:  # the others end without it, and the error is raised when they have
+                group.alive.discard(name)
+                group.offers.pop(name, None)
             group.end_view(f"{name} failed")
 
     def start(name: str) -> None:

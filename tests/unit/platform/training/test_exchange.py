@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from types import SimpleNamespace
 
@@ -31,7 +32,7 @@ def dealt(ranks: int, rng: random.Random) -> list[tuple[Run, ...]]:
     units = LAYOUT.units
     if rng.random() < 0.3:
         cuts = [len(units) * r // ranks for r in range(ranks + 1)]
-        return [merge_runs(units[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)]
+        return [merge_runs(units[a:b]) for a, b in itertools.pairwise(cuts)]
     hands: list[list[Run]] = [[] for _ in range(ranks)]
     for unit in units:
         rng.choice(hands).append(unit)
@@ -166,7 +167,7 @@ def test_buckets_cover_the_flat_space_once_and_are_cut_at_tensors() -> None:
     buckets = buckets_of(LAYOUT)
     assert [b.index for b in buckets] == list(range(len(buckets)))
     assert (buckets[0].start, buckets[-1].stop) == (0, LAYOUT.total)
-    assert all(a.stop == b.start for a, b in zip(buckets, buckets[1:], strict=False))
+    assert all(a.stop == b.start for a, b in itertools.pairwise(buckets))
     assert [i for b in buckets for i in b.params] == list(range(len(LAYOUT.tensors)))
     for bucket in buckets:
         assert all(bucket.start <= LAYOUT.tensors[i].start < bucket.stop for i in bucket.params)

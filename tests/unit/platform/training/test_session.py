@@ -102,7 +102,7 @@ def test_a_view_that_ends_at_any_point_does_not_matter(phase: str, zero: int, gr
     for session_, yielded in zip(outcome.sessions.values(), outcome.yielded.values(), strict=True):
         missed = set(reference()[1]) - set(session_.losses)  # a commit that it got by recovery, if any
         assert session_.losses == [loss for loss in reference()[1] if loss not in missed], "announced once, in order"
-        assert len(missed) <= (2 if phase == "verdict" else 1 if phase in ("vote", "reduce", "gradient") else 0)
+        assert not missed or phase not in ("snapshot", "gather"), "applied, and not announced"
         assert sorted(set(yielded)) == list(range(STEPS))
 
 
@@ -300,17 +300,7 @@ class _Listening(es.Task):
 
 
 def test_integer_buffers_that_depend_on_the_lane_end_the_run() -> None:
-    model = Counting()
-    conductor = Solo(small(3, 2))
-    with Session(model, optim.SGD(model.parameters(), lr=0.1), settings=small(3, 2), conductor=conductor) as s:
-        for _ in s.steps():
-            for lane in s.lanes():
-                s.backward(lane, model(1.0))
-                model.count += lane
-                if lane == 1:  # what forward left must have been taken before the next lane
-                    continue
-            s.commit()
-    assert [v.outcome for v in conductor.verdicts] == ["commit"] * 3
+    """Also where one rank computes all lanes: whether it is seen must not depend on their number."""
     model = Counting()
     conductor = Solo(small(3, 2))
     with Session(model, optim.SGD(model.parameters(), lr=0.1), settings=small(3, 2), conductor=conductor) as s:

@@ -116,9 +116,11 @@ def test_a_buffer_is_changed_if_any_lane_changed_it() -> None:
 def test_integer_buffers_that_differ_end_the_run() -> None:
     equal = [vote(LaneLoss(lane, 1.0, 1.0), integers="a") for lane in (0, 1)]
     assert judge(*equal)[0].outcome == "commit"
-    verdict, progress = judge(equal[0], vote(LaneLoss(1, 1.0, 1.0), integers="b"), row=2)
-    assert (verdict.outcome, progress) == ("failed", Progress(2))
-    assert "integer buffers differ" in verdict.error
+    own = vote(LaneLoss(0, 1.0, 1.0), integers="a", integers_agree=False)
+    for votes in ([equal[0], vote(LaneLoss(1, 1.0, 1.0), integers="b")], [own, equal[1]], [own]):
+        verdict, progress = judge(*votes, row=2)
+        assert (verdict.outcome, progress) == ("failed", Progress(2))
+        assert "integer buffers differ" in verdict.error
 
 
 def test_metrics_are_averages_by_weight_over_the_lanes_that_have_them() -> None:
