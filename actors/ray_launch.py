@@ -28,6 +28,7 @@ from everstep.platform.job.status import Event, Status
 
 log = logging.getLogger(__name__)
 _util: Any = ray.util  # untyped
+_context: Any = ray.get_runtime_context
 
 
 def launch_ray(
@@ -79,6 +80,8 @@ class _RayRun:
             else:
                 runtime_env, actors_dir = _shipped(runtime_env, spec_dir)
                 self._ray = connect(address, runtime_env or None)
+                # With what Ray has uploaded named by its URI: only a driver may name local folders.
+                runtime_env = dict(_context().runtime_env)
                 bind = str(_util.get_node_ip_address())
             config = SupervisorConfig(
                 spec=spec.to_dict(),

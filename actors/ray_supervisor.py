@@ -121,6 +121,8 @@ def start_supervisor(
         actor_class: Any = ray.remote(Supervisor)
         handle: Any = actor_class.options(**options).remote("supervisor", home)
     except ValueError as error:
+        if find_supervisor(run) is None:
+            raise SupervisorFailed(f"Ray refuses the supervisor of run {run!r}: {error}") from error
         raise RunExists(f"run {run!r} has a live supervisor on this cluster; stop it or name this run") from error
     try:
         where, address = ray.get([handle.whereabouts.remote(), handle.serve.remote(entry, config)], timeout=timeout_s)

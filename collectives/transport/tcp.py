@@ -187,9 +187,13 @@ class Mesh:
         return frame
 
     def flush(self) -> None:
-        """Waits until everything queued has been handed to the kernel, so that buffers may be reused."""
+        """Waits until everything queued has been handed to the kernel, so that buffers may be reused.
+
+        Raises PeerLost where it was not.
+        """
         for link in list(self._links.values()):
             link.drain(self._check)
+        self._check()  # a link that was closed has nothing queued either
 
     def abort(self, error: BaseException) -> None:
         """Ends every pending and later operation with `error`; idempotent, any thread."""

@@ -63,7 +63,9 @@ class Domain:
         assert self.index is not None
         kinds = {"w": "param", "b": "buffer"}
         wants = [Want(name, kinds[name], start, stop, "me") for name, start, stop in ranges]
-        return [(copy, memoryview(bytearray(copy.nbytes))) for copy in plan(self.index, wants, lambda source, want: 1)]
+        return [
+            (copy, memoryview(bytearray(copy.nbytes))) for copy in plan(self.index, wants, lambda source, want: 1)
+        ]
 
 
 @pytest.fixture
@@ -195,11 +197,9 @@ def test_a_fragment_with_a_wrong_checksum_is_refused_by_name(domain: Domain, rem
     at = damaged.index(DATA["w"][4004:])  # in the third fragment
     damaged[at] ^= 1
     path.write_bytes(damaged)
+    where = (domain.server.address, TOKEN) if remote else (str(path),)
     with pytest.raises(SegmentDamaged, match=r"w/param\[\d+:3000\] from good\.seg has a wrong checksum"):
-        if remote:
-            fetch(domain.server.address, TOKEN, copies)
-        else:
-            fetch_local(str(path), copies)
+        (fetch if remote else fetch_local)(*where, copies)
 
 
 def test_every_whole_fragment_of_a_joined_copy_is_checked() -> None:

@@ -25,7 +25,9 @@ WAIT_S = 10.0
 class Served:
     """A server that keeps what it hears."""
 
-    def __init__(self, token: str = TOKEN, on_call: Callable[[bytes], bytes] | None = None, max_peers: int = 8) -> None:
+    def __init__(
+        self, token: str = TOKEN, on_call: Callable[[bytes], bytes] | None = None, max_peers: int = 8
+    ) -> None:
         self.heard: queue.Queue[tuple[Peer, bytes]] = queue.Queue()
         self.closed: queue.Queue[Peer] = queue.Queue()
         self.server = ControlServer("127.0.0.1:0", token, self._hear, self.closed.put, on_call, max_peers)
