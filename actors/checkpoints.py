@@ -130,8 +130,8 @@ class CheckpointDesk:
                 folder, entry.records, job=spec.name, run=spec.run_name, name=entry.name, spec=spec.to_dict(),
                 progress=entry.progress, versions=versions,
             )  # fmt: skip
-        except StorageError as error:
-            self._on_done(folder, entry.step, str(error))
+        except Exception as error:  # in the worker nobody else would hear of it
+            self._on_done(folder, entry.step, str(error) or type(error).__name__)
             return
         self.trusted.add(str(entry.name))
         row = int(entry.progress["nonfinite_in_a_row"])

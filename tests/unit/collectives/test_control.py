@@ -129,6 +129,21 @@ def test_stop_ends_every_stream_and_waits_for_its_threads(connect: Callable[[], 
         client.closed.get(timeout=WAIT_S)
 
 
+def test_stop_returns_after_the_last_callback() -> None:
+    """Its owner may then give up what the callbacks use."""
+    closed: list[Peer] = []
+
+    def slowly(peer: Peer) -> None:
+        time.sleep(0.3)
+        closed.append(peer)
+
+    server = ControlServer("127.0.0.1:0", TOKEN, lambda peer, data: None, slowly)
+    client = Client(server.address)
+    server.stop()
+    assert len(closed) == 1
+    client.stream.close()
+
+
 def test_a_client_with_another_token_is_refused_with_the_reason(served: Served) -> None:
     with pytest.raises(HandshakeRefused, match="does not know this run's token"):
         Client(served.address, "another token")

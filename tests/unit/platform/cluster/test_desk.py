@@ -181,6 +181,15 @@ def test_a_resumed_run_starts_from_its_checkpoint_until_memory_is_newer() -> Non
     assert (back.have.step, back.checkpoint, back.nonfinite_in_a_row) == (5, "/runs/step-5", 1)
 
 
+def test_a_checkpoint_that_this_run_wrote_serves_where_memory_cannot() -> None:
+    made = desk()
+    judged(made, 1)
+    made.stored = Resume("/runs/step-1", index(1, "file"))
+    plan = chosen(made)
+    assert plan.have is not None
+    assert (plan.have.step, plan.checkpoint) == (1, "/runs/step-1")
+
+
 def test_a_run_that_had_ended_is_only_sealed_and_hashed_again() -> None:
     made = desk(Resume("/runs/step-10", index(10, "file")), steps=10)
     assert made.last_step == 10

@@ -358,6 +358,15 @@ def test_the_footprint_has_room_where_names_are_short_and_tensors_tiny(tmp_path:
     snapshot(state, tmp_path / "crumbs")
 
 
+def test_the_footprint_has_room_for_the_names_of_what_others_hold(tmp_path: Path) -> None:
+    model = nn.ParameterDict({f"parameter_{i}": nn.Parameter(torch.ones(1)) for i in range(300)})
+    state = RankState(model, [optim.AdamW(model.parameters())])
+    state.hold(state.layout.units[:1])
+    state.reset()
+    state.apply(1, commit(untouched=()), LANES, 1.0, [], lambda: None)
+    snapshot(state, tmp_path / "names")
+
+
 @pytest.mark.parametrize(
     ("change", "why"),
     [

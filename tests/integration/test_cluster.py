@@ -1,0 +1,118 @@
+"""A run on a Ray cluster that others own: started by `ray start`, joined by address, left as it was."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from everstep.actors.client import connect
+from everstep.platform.job.registry import Registry, RunEntry
+from everstep.platform.job.result import RunResult
+from everstep.platform.job.spec import JobSpec
+from integration.harness import ask, assert_same_bits, job_dict, until
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+ACTORS = """
+import os, ray
+from ray.util import list_named_actors
+from ray.util.placement_group import placement_group_table
+from everstep.actors.ray_cluster import connect
+cluster = connect(os.environ["CLUSTER"])
+groups = [g for g in placement_group_table().values() if g["state"] != "REMOVED"]
+print("LEFT", list_named_actors(all_namespaces=True), groups)
+cluster.close()
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a cluster that this test starts, with a token, and ends by its own processes."""
+    folder = tmp_path_factory.mktemp("cluster")
+    token = folder / "token"
+    token.write_text(secrets.token_hex(32))
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "token")
+        patch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
+        ray = Path(sys.executable).with_name("ray")
+        port = address.rsplit(":", 1)[1]
+        # Ray's sockets are below its folder and must have short names; pytest's own folder is too deep for them.
+        short = Path("/tmp") / f"everstep-test-ray-{os.getpid()}"
+        words = ["start", "--head", "--block", "--num-cpus=8", f"--port={port}", "--node-ip-address=127.0.0.1"]
+        words += ["--include-dashboard=false", "--disable-usage-stats", f"--temp-dir={short}"]
+        with (folder / "head.log").open("w") as log:
+            head = subprocess.Popen([str(ray), *words], stdout=log, stderr=log, start_new_session=True)
+        try:
+            until(lambda: _listens(address) or head.poll() is not None, "the head", 60)
+            assert head.poll() is None, (folder / "head.log").read_text()
+            yield address
+        finally:
+            family = [head.pid, *(child.pid for child in psutil.Process(head.pid).children(recursive=True))]
+            for pid in family:
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    continue
+            head.wait(10)
+            until(lambda: not any(psutil.pid_exists(pid) for pid in family[1:]), "the cluster's end", 20)
+            subprocess.run(["rm", "-rf", str(short)], check=True)
+
+
+def _listens(address: str) -> bool:
+    host, port = address.rsplit(":", 1)
+    try:
+        socket.create_connection((host, int(port)), 1).close()
+    except OSError:
+        return False
+    return True
+
+
+def _nothing_left(address: str) -> bool:
+    environment = {**os.environ, "CLUSTER": address}
+    done = subprocess.run([sys.executable, "-c", ACTORS], env=environment, capture_output=True, text=True, timeout=60)
+    return "LEFT [] []" in done.stdout
+
+
+def test_a_cluster_runs_the_job_with_the_same_bits_and_is_left_as_it_was(cluster: str, tmp_path: Path):
+    faults = [{"at_step": 6, "rank": 1, "do": "kill"}]
+    plain = job_dict(name="on-cluster", ranks={"min": 1, "max": 2, "spares": 1}, faults=faults)
+    spec_file, result_file = tmp_path / "job.yaml", tmp_path / "result.json"
+    spec_file.write_text(yaml.safe_dump(plain))
+    ask("run", str(spec_file), "--address", cluster, "--result", str(result_file))
+    result = RunResult.from_json(result_file.read_bytes())
+    assert_same_bits(result, JobSpec.load(spec_file))
+    assert len(result.recoveries) == 1
+    assert _nothing_left(cluster)
+
+
+def test_a_run_on_a_cluster_outlives_its_driver(cluster: str, tmp_path: Path):
+    plain = job_dict(name="orphan", ranks={"min": 1, "max": 2, "spares": 0}, steps=400)
+    spec_file = tmp_path / "job.yaml"
+    spec_file.write_text(yaml.safe_dump(plain))
+    words = [sys.executable, "-m", "everstep", "run", str(spec_file), "--address", cluster]
+    driver = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    entry = until(lambda: _registered("orphan"), "the supervisor's address", 60)
+    client = connect(entry.record.supervisor, entry.token())
+    until(lambda: client.status().step > 0, "a step", 60)
+    driver.kill()
+    driver.wait(10)
+    assert client.status().phase != "ended"
+    assert until(client.result, "the result", 90).state_sha256
+    client.close()
+
+
+def _registered(name: str) -> RunEntry | None:
+    entries = [entry for entry in Registry().runs() if entry.record.job == name]
+    return entries[0] if entries and entries[0].record.supervisor else None

@@ -1,0 +1,214 @@
+"""The desk that makes checkpoints of rank files: complete, failed, abandoned, and the old ones collected."""
+
+from __future__ import annotations
+
+import queue
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from everstep.actors import checkpoints as module
+from everstep.actors.checkpoints import CheckpointDesk, claim_epoch
+from everstep.actors.config import Saved
+from everstep.platform.job.spec import JobSpec
+from everstep.storage.checkpoint import Checkpoint, find_newest
+from everstep.storage.index import TensorMeta
+from everstep.storage.manifest import names
+from everstep.storage.rank_file import write_rank_file
+from everstep.storage.segment import SegmentMap, Writer, create_segment, read_seal, required_bytes
+
+pytestmark = pytest.mark.usefixtures("leaves_nothing_behind")
+W = TensorMeta("w", "param", "float32", (100,))
+RANKS = 2
+WAIT_S = 10.0
+PROGRESS = {"nonfinite_in_a_row": 1}
+
+
+class Office:
+    """A desk, the news it gave, and managers that write files for it."""
+
+    def __init__(self, folder: Path, epoch: int = 1, keep: int = 2) -> None:
+        self.folder = folder
+        plain = {"name": "job", "task": "t.py:T", "steps": 100, "checkpoint": {"to": "runs", "keep": keep}}
+        self.done: queue.Queue[tuple[str, int, str]] = queue.Queue()
+        self.desk = CheckpointDesk(JobSpec.parse(plain), folder, epoch, lambda *news: self.done.put(news))
+
+    def begin(self, step: int) -> str:
+        folder = self.desk.begin(step, RANKS, dict(PROGRESS))
+        assert Path(folder).is_dir()
+        return folder
+
+    def write(self, folder: str, step: int, rank: int) -> Saved:
+        """What a manager says after it has written a rank's file."""
+        start, stop = 100 * rank // RANKS, 100 * (rank + 1) // RANKS
+        path = self.folder / f"segment-{step}-{rank}-{random.random()}"
+        create_segment(path, required_bytes([(W, start, stop)]))
+        with SegmentMap(path, writable=True) as segment:
+            writer = Writer(segment)
+            writer.begin()
+            writer.put(W, start, stop, content(step)[4 * start : 4 * stop])
+            writer.seal(1, 1, step)
+            seal = read_seal(segment)
+            assert seal is not None
+            file = f"rank-{rank:05d}.safetensors"
+            record = write_rank_file(segment, seal, folder, file)
+        path.unlink()
+        return Saved(folder, step, file, msgspec.msgpack.encode(record))
+
+    def checkpoint(self, step: int) -> str:
+        folder = self.begin(step)
+        for rank in range(RANKS):
+            self.desk.saved(self.write(folder, step, rank))
+        assert self.news() == (folder, step, "")
+        return folder
+
+    def news(self) -> tuple[str, int, str]:
+        return self.done.get(timeout=WAIT_S)
+
+    def steps(self) -> list[int]:
+        return [name.step for name in names(self.desk.root)]
+
+
+def content(step: int) -> bytes:
+    return random.Random(step).randbytes(W.nbytes)
+
+
+@pytest.fixture
+def office(tmp_path: Path) -> Iterator[Office]:
+    office = Office(tmp_path)
+    yield office
+    office.desk.close()
+
+
+def test_a_checkpoint_is_there_when_the_last_rank_has_written_its_file(office: Office) -> None:
+    folder = office.begin(5)
+    assert Path(folder).is_relative_to(office.folder / "runs" / "job" / "job")
+    office.desk.saved(office.write(folder, 5, 1))
+    assert office.desk.busy
+    assert office.done.empty()
+    assert find_newest(office.desk.root).manifest is None
+    office.desk.saved(office.write(folder, 5, 0))
+    assert office.news() == (folder, 5, "")
+    checkpoint = Checkpoint.open(folder)
+    checkpoint.verify()
+    assert checkpoint.read_bytes("w")[1] == content(5)
+    manifest = checkpoint.manifest
+    assert (manifest.step, manifest.epoch, manifest.job, manifest.progress) == (5, 1, "job", PROGRESS)
+    assert manifest.spec["steps"] == 100
+    assert {"everstep", "torch", "python"} <= set(manifest.versions)
+    assert office.desk.newest is not None
+    assert (office.desk.newest.folder, office.desk.newest.step) == (folder, 5)
+    assert office.desk.newest.nonfinite_in_a_row == 1
+    office.desk.close()
+    assert not office.desk.busy
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_file_that_could_not_be_written_fails_its_checkpoint_only(office: Office, first: bool) -> None:
+    folder = office.begin(5)
+    reports = [Saved(folder, 5, "rank-00001.safetensors", error="no space left"), office.write(folder, 5, 0)]
+    for report in reports if first else reversed(reports):
+        office.desk.saved(report)
+    assert office.news() == (folder, 5, "no space left")
+    assert find_newest(office.desk.root).manifest is None
+    assert not Path(folder, "manifest.json").exists()
+    office.checkpoint(6)
+
+
+def test_a_file_that_is_not_what_was_reported_makes_no_checkpoint(office: Office) -> None:
+    folder = office.begin(5)
+    reports = [office.write(folder, 5, rank) for rank in range(RANKS)]
+    with open(Path(folder, "rank-00001.safetensors"), "ab") as file:
+        file.write(b"x")
+    for report in reports:
+        office.desk.saved(report)
+    at, step, error = office.news()
+    assert (at, step) == (folder, 5)
+    assert "rank-00001.safetensors" in error
+    assert find_newest(office.desk.root).manifest is None
+
+
+def test_an_unexpected_error_is_told_too(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a run would wait for its last checkpoint, and nobody would know why there is none."""
+
+    def fail(name: str) -> str:
+        raise LookupError(f"{name} is not installed")
+
+    monkeypatch.setattr(module, "version", fail)
+    folder = office.begin(5)
+    for rank in range(RANKS):
+        office.desk.saved(office.write(folder, 5, rank))
+    assert office.news() == (folder, 5, "everstep is not installed")
+    office.desk.close()
+    assert not office.desk.busy
+
+
+def test_what_a_view_that_ended_had_not_sealed_is_abandoned(office: Office) -> None:
+    sealed, unsealed = office.begin(5), office.begin(6)
+    office.desk.saved(office.write(unsealed, 6, 0))
+    office.desk.abandon(5)
+    folder, step, error = office.news()
+    assert (folder, step) == (unsealed, 6)
+    assert "its view ended" in error
+    office.desk.saved(office.write(unsealed, 6, 1))  # it comes too late
+    for rank in range(RANKS):
+        office.desk.saved(office.write(sealed, 5, rank))
+    assert office.news() == (sealed, 5, ""), "sealed everywhere, so its managers still write it"
+    again = office.checkpoint(6)
+    assert again != unsealed, "a name is used once"
+    office.desk.abandon(0)
+    assert office.done.empty(), "what is finished is finished"
+
+
+def test_only_the_newest_are_kept_and_half_written_ones_go(office: Office) -> None:
+    office.desk.saved(Saved("/somewhere/else", 1, "file"))
+    for step in (1, 2):
+        office.checkpoint(step)
+    in_progress = office.begin(3)
+    office.checkpoint(4)
+    office.desk.close()
+    assert office.steps() == [2, 3, 4]
+    assert Path(in_progress).is_dir()
+
+
+def test_an_abandoned_folder_is_collected_with_the_next_checkpoint(office: Office) -> None:
+    office.begin(7)
+    office.desk.abandon(0)
+    office.news()
+    office.checkpoint(8)
+    office.desk.close()
+    assert office.steps() == [8]
+
+
+def test_checkpoints_of_another_execution_count_and_those_of_a_newer_one_are_left_alone(tmp_path: Path) -> None:
+    for epoch, step in [(1, 1), (3, 1)]:
+        office = Office(tmp_path, epoch)
+        office.checkpoint(step)
+        office.desk.close()
+    office = Office(tmp_path, epoch=2, keep=1)
+    office.checkpoint(5)
+    office.desk.close()
+    assert [(n.epoch, n.step) for n in names(office.desk.root)] == [(3, 1), (2, 5)]
+
+
+def test_a_storage_that_refuses_a_folder_is_told_and_raises_nothing(office: Office) -> None:
+    office.desk.root.parent.mkdir(parents=True)
+    office.desk.root.write_text("a file is in the way")
+    assert office.desk.begin(5, RANKS, dict(PROGRESS)) == ""
+    folder, step, error = office.news()
+    assert (folder, step) == ("", 5)
+    assert "cannot create a checkpoint's folder" in error
+    assert not office.desk.busy
+
+
+def test_no_two_executions_have_one_epoch(tmp_path: Path) -> None:
+    assert claim_epoch(tmp_path / "run") == 1
+    office = Office(tmp_path, epoch=6)
+    office.checkpoint(1)
+    office.desk.close()
+    assert claim_epoch(office.desk.root) == 7
+    assert claim_epoch(office.desk.root) == 8
+    assert [claim_epoch(tmp_path / "run") for _ in range(3)] == [2, 3, 4]
