@@ -8,7 +8,8 @@ called from it.
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -55,6 +56,36 @@ def claim_epoch(root: Path) -> int:
         return epoch
 
 
+class _InProgress(Collection[str]):
+    """Names of the folders that have no manifest yet and must not be collected.
+
+    The loop makes folders while the worker collects: who asks about a folder waits until it is registered.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self._names: set[str] = set()
+
+    def add(self, folder: str) -> None:
+        """Its caller has held `lock` since before the folder was made."""
+        self._names.add(Path(folder).name)
+
+    def discard(self, folder: str) -> None:
+        with self.lock:
+            self._names.discard(Path(folder).name)
+
+    def __contains__(self, name: object) -> bool:
+        with self.lock:
+            return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        with self.lock:
+            return iter(sorted(self._names))
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
 class CheckpointDesk:
     """Checkpoints of one execution; methods are called by the supervisor's loop."""
 
@@ -67,6 +98,8 @@ class CheckpointDesk:
         self._epoch = epoch
         self._on_done = on_done
         self._open: dict[str, _Open] = {}
+        self._in_progress = _InProgress()
+        self._attempts: dict[int, int] = {}  # by step: the next number; a collected folder's name is not used again
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="manifest")
         self._pending: list[Future[None]] = []
         self.trusted: set[str] = set()
@@ -76,7 +109,10 @@ class CheckpointDesk:
     def begin(self, step: int, files: int, progress: dict[str, Any]) -> str:
         """A new folder for `step`, to be filled by `files` ranks; "" (and on_done) when storage refuses."""
         try:
-            folder, name = new_folder(self.root, step, self._epoch)
+            with self._in_progress.lock:
+                folder, name = new_folder(self.root, step, self._epoch, self._attempts.get(step, 0))
+                self._attempts[step] = name.attempt + 1
+                self._in_progress.add(str(folder))
         except StorageError as error:
             self._on_done("", step, str(error))
             return ""
@@ -102,6 +138,7 @@ class CheckpointDesk:
         for folder, entry in list(self._open.items()):
             if entry.step > base_step:
                 del self._open[folder]
+                self._in_progress.discard(folder)
                 self._on_done(folder, entry.step, "its view ended before every rank had sealed it")
 
     def note(self, journal: Journal, folder: str, step: int, error: str) -> None:
@@ -133,6 +170,8 @@ class CheckpointDesk:
         except Exception as error:  # in the worker nobody else would hear of it
             self._on_done(folder, entry.step, str(error) or type(error).__name__)
             return
+        finally:
+            self._in_progress.discard(folder)
         self.trusted.add(str(entry.name))
         row = int(entry.progress["nonfinite_in_a_row"])
         if self.newest is None or self.newest.step < entry.step:
@@ -141,5 +180,5 @@ class CheckpointDesk:
         assert spec.checkpoint is not None
         collect(
             self.root, spec.checkpoint.keep, self._epoch,
-            in_progress=[Path(name).name for name in list(self._open)], trusted=self.trusted,
+            in_progress=self._in_progress, trusted=self.trusted,
         )  # fmt: skip

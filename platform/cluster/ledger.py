@@ -84,7 +84,12 @@ class Ledger:
         self._fault_at = None
 
     def explain(self, name: str, cause: str) -> None:
-        """How a process ended, from whoever reaped it; a judge that only saw it go knows less."""
+        """How a process ended, from whoever reaped it; a judge that only saw it go knows less.
+
+        Ray reaps for its actors and does not tell the status ("died: …"): that explains nothing.
+        """
+        if cause.startswith("died"):
+            return
         self._explained[name] = cause
         if self._incident is not None and name in self._incident.names:
             place = self._incident.names.index(name)

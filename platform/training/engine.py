@@ -96,16 +96,15 @@ def run_own_loop(task: Task, spec: JobSpec, conductor: Conductor) -> None:
 
 
 def train(built: Built) -> None:
-    """Runs to the end of the run. Raises TaskRaised for errors of the task's loss or data."""
+    """Runs to the end of the run. Raises TaskRaised for errors of the task's loss, its backward, or its data."""
     task, session = built.task, built.session
     with session:
         for step in session.steps():
             for lane in session.lanes():
                 try:
                     loss = task.loss(session.model, session.batch(lane), session.context(lane))
-                    loss = Loss.of(loss, session.settings.lane_batch)
+                    session.backward(lane, Loss.of(loss, session.settings.lane_batch))
                 except Exception as error:
                     what = f"the task raised in step {step + 1}, lane {lane}: {type(error).__name__}: {error}"
                     raise TaskRaised(what, step + 1, lane) from error
-                session.backward(lane, loss)
             session.commit()

@@ -174,6 +174,30 @@ def test_only_the_newest_are_kept_and_half_written_ones_go(office: Office) -> No
     assert Path(in_progress).is_dir()
 
 
+def test_a_folder_that_is_begun_or_being_finished_while_others_are_collected_stays(
+    office: Office, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Collection runs in the worker, and the loop goes on: after its list of folders was read, too."""
+    begun: list[str] = []
+    collect = module.collect
+
+    def slowly(*args, **kwargs):
+        if not begun:
+            begun.append(office.begin(2))
+            begun.append(office.begin(3))
+            for rank in range(RANKS):
+                office.desk.saved(office.write(begun[0], 2, rank))
+        return collect(*args, **kwargs)
+
+    monkeypatch.setattr(module, "collect", slowly)
+    office.checkpoint(1)
+    assert office.news() == (begun[0], 2, "")
+    assert Path(begun[1]).is_dir()
+    for rank in range(RANKS):
+        office.desk.saved(office.write(begun[1], 3, rank))
+    assert office.news() == (begun[1], 3, "")
+
+
 def test_an_abandoned_folder_is_collected_with_the_next_checkpoint(office: Office) -> None:
     office.begin(7)
     office.desk.abandon(0)
