@@ -18,6 +18,7 @@ import xxhash
 
 from everstep.collectives.errors import HandshakeRefused
 from everstep.collectives.handshake import NONCE_BYTES, PROOF_BYTES, new_nonce, proof, proof_matches
+from everstep.collectives.transport.sockets import read_exactly, read_into
 from everstep.storage.errors import SegmentDamaged, StorageError
 from everstep.storage.planner import Copy
 from everstep.storage.segment import SegmentMap, payload, read_seal
@@ -63,15 +64,17 @@ class FetchServer:
         with connection:
             try:
                 connection.settimeout(_TIMEOUT_S)
-                theirs = _read(connection, NONCE_BYTES)
+                theirs = read_exactly(connection, NONCE_BYTES)
                 mine = new_nonce()
                 connection.sendall(mine + proof(self._token, "server", theirs, mine, _CONTEXT))
-                if not proof_matches(_read(connection, PROOF_BYTES), self._token, "client", theirs, mine, _CONTEXT):
+                if not proof_matches(
+                    read_exactly(connection, PROOF_BYTES), self._token, "client", theirs, mine, _CONTEXT
+                ):
                     return
-                (length,) = _LENGTH.unpack(_read(connection, _LENGTH.size))
+                (length,) = _LENGTH.unpack(read_exactly(connection, _LENGTH.size))
                 if length > _MAX_REQUEST_BYTES:
                     return
-                self._answer(connection, msgspec.msgpack.decode(_read(connection, length), type=list[Range]))
+                self._answer(connection, msgspec.msgpack.decode(read_exactly(connection, length), type=list[Range]))
             except (OSError, msgspec.MsgspecError, ValueError):  # ValueError: text that is not UTF-8
                 return
 
@@ -109,17 +112,17 @@ def fetch(address: str, token: str, copies: Sequence[tuple[Copy, memoryview]]) -
     with socket.create_connection((host, int(port)), _TIMEOUT_S) as connection:
         nonce = new_nonce()
         connection.sendall(nonce)
-        answer = _read(connection, NONCE_BYTES + PROOF_BYTES)
+        answer = read_exactly(connection, NONCE_BYTES + PROOF_BYTES)
         theirs, given = answer[:NONCE_BYTES], answer[NONCE_BYTES:]
         if not proof_matches(given, token, "server", nonce, theirs, _CONTEXT):
             raise HandshakeRefused(f"{address} does not know this run's token")
         request = msgspec.msgpack.encode([Range(c.source.locator, c.offset, c.nbytes) for c, _ in copies])
         connection.sendall(proof(token, "client", nonce, theirs, _CONTEXT) + _LENGTH.pack(len(request)) + request)
         for copy, buffer in copies:
-            if _read(connection, 1) != b"\x01":
-                (length,) = _LENGTH.unpack(_read(connection, _LENGTH.size))
-                raise SegmentDamaged(_read(connection, min(length, 4096)).decode(errors="replace"))
-            _read_into(connection, buffer)
+            if read_exactly(connection, 1) != b"\x01":
+                (length,) = _LENGTH.unpack(read_exactly(connection, _LENGTH.size))
+                raise SegmentDamaged(read_exactly(connection, min(length, 4096)).decode(errors="replace"))
+            read_into(connection, buffer)
             check(copy, buffer)
 
 
@@ -140,18 +143,3 @@ def check(copy: Copy, buffer: memoryview) -> None:
             raise SegmentDamaged(
                 f"{copy.name}/{copy.kind}[{copy.start}:{copy.stop}] from {copy.source.locator} has a wrong checksum"
             )
-
-
-def _read_into(connection: socket.socket, view: memoryview) -> None:
-    done = 0
-    while done < len(view):
-        count = connection.recv_into(view[done:])
-        if count == 0:
-            raise ConnectionError("closed by the other side")
-        done += count
-
-
-def _read(connection: socket.socket, length: int) -> bytes:
-    data = bytearray(length)
-    _read_into(connection, memoryview(data))
-    return bytes(data)

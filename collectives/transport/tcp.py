@@ -27,6 +27,7 @@ from everstep.collectives.handshake import (
     proof_matches,
 )
 from everstep.collectives.messages import View, ViewId
+from everstep.collectives.transport.sockets import read_exactly, read_into
 
 _MAGIC = b"EVST"
 # magic, version, epoch, view number, rank of the caller, nonce
@@ -257,7 +258,7 @@ class Mesh:
             nonce = new_nonce()
             id = self.view.id
             connection.sendall(_HELLO.pack(_MAGIC, PROTOCOL_VERSION, id.epoch, id.number, self.rank, nonce))
-            theirs, given = _ANSWER.unpack(_read_exactly(connection, _ANSWER.size))
+            theirs, given = _ANSWER.unpack(read_exactly(connection, _ANSWER.size))
             if not proof_matches(given, self._token, "server", nonce, theirs, context):
                 raise HandshakeRefused(f"{address} does not know this run's token")
             connection.sendall(proof(self._token, "client", nonce, theirs, context))
@@ -336,12 +337,12 @@ class _Link:
         header = bytearray(_FRAME.size)
         try:
             while True:
-                _read_into(self._socket, memoryview(header))
+                read_into(self._socket, memoryview(header))
                 epoch, number, tag, length = _FRAME.unpack(header)
                 if (epoch, number) != (id.epoch, id.number) or length > MAX_FRAME_BYTES:
                     raise ConnectionError(f"bad frame: view {epoch}.{number}, {length} bytes")
                 payload = bytearray(length)
-                _read_into(self._socket, memoryview(payload))
+                read_into(self._socket, memoryview(payload))
                 self._mesh.deliver(self._peer, tag, payload)
         except (OSError, ValueError) as error:
             self._mesh.broken(self._peer, str(error) or type(error).__name__)
@@ -372,22 +373,6 @@ class _Link:
 
 def _context(id: ViewId, rank: int) -> bytes:
     return f"mesh {id} {rank}".encode()
-
-
-def _read_into(connection: socket.socket, view: memoryview) -> None:
-    done = 0
-    while done < len(view):
-        # The kernel fills the whole view: one turn for the interpreter lock instead of one a piece.
-        count = connection.recv_into(view[done:], 0, socket.MSG_WAITALL)
-        if count == 0:
-            raise ConnectionError("closed by the other side")
-        done += count
-
-
-def _read_exactly(connection: socket.socket, length: int) -> bytes:
-    data = bytearray(length)
-    _read_into(connection, memoryview(data))
-    return bytes(data)
 
 
 def _read_by(deadline: float, connection: socket.socket, length: int) -> bytes:

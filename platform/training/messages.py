@@ -18,7 +18,6 @@ class Inventory(msgspec.Struct, frozen=True):
     held: tuple[Run, ...]
     live: StateIndex | None
     units: tuple[Run, ...] = ()  # of the model's layout; every rank sends the same
-    initial_step: int = 0  # the state that this rank built from the seed
 
 
 class Stock(msgspec.Struct, frozen=True):
