@@ -29,11 +29,12 @@ from everstep.collectives.transport.tcp import Listener, Mesh
 from everstep.platform.faults.strike import strike
 from everstep.platform.training.conductor import RunOver, Seat
 from everstep.platform.training.messages import Inventory, LiveFault, Verdict, ViewPlan, Vote
-from everstep.platform.training.shard import RankState, bytes_of
+from everstep.platform.training.shard import RankState
+from everstep.platform.training.snapshot import write_snapshot
 from everstep.storage.checkpoint import Checkpoint
 from everstep.storage.errors import SegmentError, StorageError
 from everstep.storage.planner import Copy
-from everstep.storage.segment import SegmentMap, Writer, required_bytes
+from everstep.storage.segment import SegmentMap, required_bytes
 from everstep.storage.versions import Slots
 
 _ANSWER_S = 30.0  # a manager answers in milliseconds; it has its own watcher
@@ -196,7 +197,7 @@ class RankConductor:
             return 0.0
         index = self._reserve(step)
         try:
-            self._write(self._maps[index], state, before_seal)
+            write_snapshot(self._maps[index], state, self._label, before_seal)
         except BaseException:
             self._slots = self._slots.abandoned(index)
             raise
@@ -210,18 +211,6 @@ class RankConductor:
             file = f"rank-{self._seat.rank:05d}.safetensors"
             self.note("save", msgspec.msgpack.encode(SaveSegment(self._maps[index].path, step, folder, file)))
         return time.perf_counter() - began
-
-    def _write(self, segment: SegmentMap, state: RankState, before_seal: Callable[[], None]) -> None:
-        writer = Writer(segment)
-        writer.begin()
-        for meta in state.metas():
-            # Every index lists the whole state's tensors: one that only a lost domain holds would otherwise be in
-            # nobody's index, and its step would wrongly count as covered.
-            writer.put(meta, 0, 0, b"")
-        for place in state.places():
-            writer.put(place.meta, place.start, place.stop, bytes_of(place.tensor))
-        before_seal()
-        writer.seal(*self._label, state.stamp)
 
     def _reserve(self, step: int) -> int:
         deadline = time.monotonic() + self._stall_s

@@ -23,11 +23,12 @@ from everstep.platform.training.layout import Run
 from everstep.platform.training.messages import Inventory, Stock, Verdict, ViewPlan, Vote
 from everstep.platform.training.recovery import choose
 from everstep.platform.training.session import Session, Settings
-from everstep.platform.training.shard import RankState, bytes_of
+from everstep.platform.training.shard import RankState
+from everstep.platform.training.snapshot import write_snapshot
 from everstep.platform.training.verdict import Progress, Rules, judge_step
 from everstep.storage.index import Source, StateIndex
 from everstep.storage.planner import Copy
-from everstep.storage.segment import SegmentMap, Writer, create_segment, read_index, read_seal, required_bytes
+from everstep.storage.segment import SegmentMap, create_segment, read_index, read_seal, required_bytes
 from everstep.storage.state_hash import combine
 
 PATIENCE_S = 20.0
@@ -255,14 +256,7 @@ class Rank:
         path.unlink(missing_ok=True)  # begun and not sealed: the view ended in between
         create_segment(path, required_bytes(state.footprint()))
         with SegmentMap(path, writable=True) as segment:
-            writer = Writer(segment)
-            writer.begin()
-            for meta in state.metas():
-                writer.put(meta, 0, 0, b"")
-            for place in state.places():
-                writer.put(place.meta, place.start, place.stop, bytes_of(place.tensor))
-            before_seal()
-            writer.seal(1, label, step)
+            write_snapshot(segment, state, (1, label), before_seal)
             seal = read_seal(segment)
             assert seal is not None
             index = read_index(segment, seal, Source("segment", self.name, locator))

@@ -21,9 +21,10 @@ from everstep.platform.training.shard import (
     bytes_of,
     check_model,
 )
+from everstep.platform.training.snapshot import write_snapshot
 from everstep.storage.index import TensorMeta, merge
 from everstep.storage.planner import Want
-from everstep.storage.segment import SegmentMap, Writer, create_segment, required_bytes, verify
+from everstep.storage.segment import SegmentMap, create_segment, required_bytes, verify
 
 LANES = 4
 
@@ -330,13 +331,7 @@ def snapshot(state: RankState, path: Path) -> None:
     """As a rank's conductor writes it: every tensor is named, then what is held."""
     create_segment(path, required_bytes(state.footprint()))
     with SegmentMap(path, writable=True) as segment:
-        writer = Writer(segment)
-        writer.begin()
-        for meta in state.metas():
-            writer.put(meta, 0, 0, b"")
-        for place in state.places():
-            writer.put(place.meta, place.start, place.stop, bytes_of(place.tensor))
-        writer.seal(2**32 - 1, 2**32 - 1, state.stamp)
+        write_snapshot(segment, state, (2**32 - 1, 2**32 - 1))
         assert verify(segment).step == state.stamp
 
 
