@@ -21,9 +21,9 @@ def new_nonce() -> bytes:
 
 def proof(token: str, role: str, client_nonce: bytes, server_nonce: bytes, context: bytes = b"") -> bytes:
     """HMAC-SHA256 that `role` ("client" | "server") knows `token`; `context` binds a view or purpose."""
-    message = b"|".join(
-        (b"everstep", str(PROTOCOL_VERSION).encode(), role.encode(), client_nonce, server_nonce, context)
-    )
+    parts = (b"everstep", str(PROTOCOL_VERSION).encode(), role.encode(), client_nonce, server_nonce, context)
+    # Each with its length: no bytes can be moved from one into the next, whatever the other side sent as a nonce.
+    message = b"".join(len(part).to_bytes(8, "little") + part for part in parts)
     return hmac.new(token.encode(), message, hashlib.sha256).digest()
 
 

@@ -7,16 +7,20 @@ receiver drops what carries an older one. A zombie that wakes up therefore talks
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
 MAX_MESSAGE_BYTES = 64 << 20
 
 
+Word = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]  # as in frames
+Count = Annotated[int, msgspec.Meta(ge=-1, le=1 << 62)]  # one more still fits in a message
+
+
 class ViewId(msgspec.Struct, frozen=True, order=True, array_like=True):
-    epoch: int
-    number: int
+    epoch: Word
+    number: Word
 
     def __str__(self) -> str:
         return f"{self.epoch}.{self.number}"
@@ -31,6 +35,8 @@ class Member(msgspec.Struct, frozen=True):
     address: str  # host:port of its data listener
     fetch: str = ""  # host:port where its domain's watcher serves segments
     pid: int = 0
+    local: str = ""  # "hostid/name" of its data listener's Unix socket; "" where there is none
+    incarnation: str = ""  # of a group's member, whose name may be taken again by a successor
 
 
 class View(msgspec.Struct, frozen=True):
@@ -38,7 +44,7 @@ class View(msgspec.Struct, frozen=True):
 
     id: ViewId
     members: tuple[Member, ...]
-    base_step: int
+    base_step: Count
     payload: bytes = b""
 
     def rank_of(self, name: str) -> int:
@@ -192,25 +198,35 @@ _coordinator: Any = msgspec.msgpack.Decoder(CoordinatorMessage)
 _envelope = msgspec.msgpack.Decoder(ToMembers)
 
 
+def decoded(decoder: Any, data: bytes) -> Any:
+    """Raises msgspec.ValidationError for anything that is not the decoder's, and nothing else: text that is not UTF-8
+    and nesting that is too deep come as errors of other kinds."""
+    try:
+        return decoder.decode(data)
+    except (ValueError, RecursionError) as error:  # msgspec's own are ValueErrors
+        raise msgspec.ValidationError(str(error)) from None
+
+
 def encode(message: msgspec.Struct) -> bytes:
     return _encoder.encode(message)
 
 
 def decode_member(data: bytes) -> MemberMessage:
     """Raises msgspec.ValidationError for anything but a MemberMessage."""
-    message: MemberMessage = _member.decode(data)
+    message: MemberMessage = decoded(_member, data)
     return message
 
 
 def decode_watcher(data: bytes) -> WatcherMessage:
-    message: WatcherMessage = _watcher.decode(data)
+    message: WatcherMessage = decoded(_watcher, data)
     return message
 
 
 def decode_coordinator(data: bytes) -> CoordinatorMessage:
-    message: CoordinatorMessage = _coordinator.decode(data)
+    message: CoordinatorMessage = decoded(_coordinator, data)
     return message
 
 
 def decode_envelope(data: bytes) -> ToMembers:
-    return _envelope.decode(data)
+    message: ToMembers = decoded(_envelope, data)
+    return message

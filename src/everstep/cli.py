@@ -7,9 +7,12 @@ Thin: reads arguments, asks the registry and a run's client, prints. `run` is in
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from datetime import datetime
@@ -248,6 +251,69 @@ def doctor(json_: AsJson = False) -> None:
         for look in looks:
             print(f"{look.verdict:4}  {look.name:16} {look.found}" + (f"\n      fix: {look.fix}" if look.fix else ""))
     raise typer.Exit(EXIT_FAILED if any(look.verdict == "fail" for look in looks) else 0)
+
+
+@app.command()
+def coordinator(
+    bind: Annotated[
+        str, typer.Option(metavar="HOST:PORT", help="Where members join; port 0 takes a free one.")
+    ] = "127.0.0.1:0",
+    token_file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            envvar="EVERSTEP_TOKEN_FILE",
+            help="Holds the secret that members must know too.",
+            show_default=False,
+        ),
+    ] = None,
+    min_peers: Annotated[int, typer.Option(metavar="N", min=1, help="No view has fewer members.")] = 2,
+    timeout: Annotated[
+        float,
+        typer.Option(
+            metavar="SECONDS", min=1.0, help="Limits follow from it: a host is dead that is silent for a fifth."
+        ),
+    ] = 10.0,
+    state: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Lets a successor go on where this one was killed.", show_default=False),
+    ] = None,
+    json_: AsJson = False,
+) -> None:
+    """Run the coordinator of a group (everstep.collectives), without Ray, until Ctrl-C or SIGTERM.
+
+    Prints its address. Members go on without it for a while; start it again with the same --bind and --state.
+
+    \b
+    head -c 32 /dev/urandom | base64 > token && chmod 600 token
+    everstep coordinator --bind 127.0.0.1:7070 --token-file token --min-peers 2
+    python -c 'from everstep.collectives import Group; print(Group.join.__doc__)'
+    """
+    from everstep.collectives.coordinator import Coordinator
+
+    if token_file is None:
+        _fail(
+            "a group needs a secret: write one to a file and name it with --token-file or $EVERSTEP_TOKEN_FILE",
+            EXIT_REFUSED,
+        )
+    try:
+        token = token_file.read_text().strip()
+        served = Coordinator(bind, token, min_peers, timeout_s=timeout, state=state)
+        served.start()
+    except (OSError, RuntimeError, ValueError) as error:
+        _fail(f"the coordinator cannot start: {error}", EXIT_REFUSED)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    asked = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: asked.set())
+    line = {"address": served.address, "pid": os.getpid(), "min_peers": min_peers}
+    print(
+        json.dumps(line) if json_ else f"coordinator at {served.address}, for {min_peers} members or more", flush=True
+    )
+    while not asked.wait(0.2) and not served.wait(0):
+        pass
+    served.stop()
+    raise typer.Exit(0 if asked.is_set() else EXIT_FAILED)
 
 
 def main() -> None:

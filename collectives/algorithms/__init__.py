@@ -1,0 +1,1 @@
+"""How operations move and combine data: one file an algorithm."""
