@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from typing import Any
 
 import msgspec
@@ -84,12 +83,3 @@ class Wake(msgspec.Struct, frozen=True):
 class FaultReached(msgspec.Struct, frozen=True):
     index: int
     step: int
-
-
-def interface_towards(address: str) -> str:
-    """The address of this machine's interface that faces host:port; loopback for loopback."""
-    host, port = address.rsplit(":", 1)
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # connecting UDP sends nothing
-        probe.connect((host, int(port)))
-        found: str = probe.getsockname()[0]
-    return found

@@ -18,7 +18,6 @@ import xxhash
 
 from everstep.collectives.errors import HandshakeRefused
 from everstep.collectives.handshake import NONCE_BYTES, PROOF_BYTES, new_nonce, proof, proof_matches
-from everstep.collectives.transport.sockets import read_exactly, read_into
 from everstep.storage.errors import SegmentDamaged, StorageError
 from everstep.storage.planner import Copy
 from everstep.storage.segment import SegmentMap, payload, read_seal
@@ -143,3 +142,21 @@ def check(copy: Copy, buffer: memoryview) -> None:
             raise SegmentDamaged(
                 f"{copy.name}/{copy.kind}[{copy.start}:{copy.stop}] from {copy.source.locator} has a wrong checksum"
             )
+
+
+def read_into(connection: socket.socket, view: memoryview) -> None:
+    """Fills `view`. Raises ConnectionError, or TimeoutError under the socket's own timeout."""
+    done = 0
+    while done < len(view):
+        # The kernel fills the whole view: one turn for the interpreter lock instead of one a piece.
+        count = connection.recv_into(view[done:], 0, socket.MSG_WAITALL)
+        if count == 0:
+            raise ConnectionError("closed by the other side")
+        done += count
+
+
+def read_exactly(connection: socket.socket, length: int) -> bytes:
+    """`length` bytes; the caller has bounded it."""
+    data = bytearray(length)
+    read_into(connection, memoryview(data))
+    return bytes(data)

@@ -25,13 +25,13 @@ from everstep.actors.config import (
     SlotsGiven,
     SlotsWanted,
     Wake,
-    interface_towards,
 )
 from everstep.actors.fetch import FetchServer
-from everstep.actors.liveness import Judge
 from everstep.actors.run_folder import RunFolder
 from everstep.collectives import messages as m
+from everstep.collectives.addresses import interface_towards
 from everstep.collectives.control import ControlClient, ControlServer, Peer
+from everstep.collectives.liveness import Judge
 from everstep.platform.training.messages import Stock
 from everstep.storage.errors import StorageError
 from everstep.storage.index import Source, StateIndex

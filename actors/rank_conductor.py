@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
+import torch
 
 from everstep.actors.config import (
     FaultReached,
@@ -19,13 +20,15 @@ from everstep.actors.config import (
     SaveSegment,
     SlotsGiven,
     SlotsWanted,
-    interface_towards,
 )
 from everstep.actors.fetch import fetch, fetch_local
 from everstep.collectives import messages as m
+from everstep.collectives.addresses import interface_towards
 from everstep.collectives.control import ControlClient
-from everstep.collectives.errors import CollectiveTimeout, PeerLost
-from everstep.collectives.transport.tcp import Listener, Mesh
+from everstep.collectives.errors import CollectiveError, CollectiveTimeout, PeerLost
+from everstep.collectives.members import Members
+from everstep.collectives.mesh import Mesh
+from everstep.collectives.transport.listener import Listener
 from everstep.platform.faults.strike import strike
 from everstep.platform.training.conductor import RunOver, Seat
 from everstep.platform.training.messages import Inventory, LiveFault, Verdict, ViewPlan, Vote
@@ -87,6 +90,7 @@ class RankConductor:
             self._listener.address,
             self._config.fetch,
             self._pid,
+            self._listener.local,
         )
         self._send(m.Join(member, fingerprint))
 
@@ -94,12 +98,16 @@ class RankConductor:
         self._send(m.Note(kind, payload))
 
     def close(self) -> None:
-        self.stand_up("")
+        self.stand_up(None)
         self._control.close()
         self._listener.close()
         self._drop_maps()
 
     # ---- Conductor: views -------------------------------------------------------------------------------
+
+    def empty(self, elements: int) -> torch.Tensor:
+        """Other ranks on this host read it where it is."""
+        return self._listener.arena.empty((elements,), torch.float32)
 
     def take_seat(self, inventory: Callable[[], Inventory]) -> Seat:
         if not self._joined:  # a task with its own loop has no dry lane to be compared by
@@ -146,14 +154,16 @@ class RankConductor:
         self._checkpoint_to = (step, verdict.checkpoint)
         return verdict
 
-    def stand_up(self, error: str) -> None:
+    def stand_up(self, error: CollectiveError | None) -> None:
         mesh, self._mesh = self._mesh, None
         with self._condition:
             self._view = None  # a seat that was given up is not taken again
         self._listener.expect(None)
         if mesh is not None:
-            if error and not self._over:
-                self._send(m.Complaint(mesh.view.id, "", error))
+            if error is not None and not self._over:
+                about = error.about if isinstance(error, CollectiveTimeout) else ()
+                for name in about or ("",):
+                    self._send(m.Complaint(mesh.view.id, name, str(error)))
             mesh.close()
         self._seat = None
 
@@ -342,14 +352,19 @@ class RankConductor:
             self._verdicts.clear()
         mesh = None
         if len(view.members) > 1:
-            mesh = Mesh(view, rank, self._config.token, self._on_broken)
+            mesh = Mesh(view, rank, self._listener, self._on_broken, self._stall_s, setting="timeouts.stall_s")
             self._mesh = mesh
             self._listener.expect(mesh)
         self._acting = view
         self._label = (view.id.epoch, view.id.number)
         self._faults = list(plan.faults)
         self._seat = Seat(
-            str(view.id), rank, view.base_step, plan, mesh, tuple(member.name for member in view.members)
+            str(view.id),
+            rank,
+            view.base_step,
+            plan,
+            Members(mesh) if mesh is not None else None,
+            tuple(member.name for member in view.members),
         )
         return self._seat
 

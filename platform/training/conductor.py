@@ -10,8 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
+
+from everstep.collectives.errors import CollectiveError
 from everstep.collectives.errors import PeerLost as ViewOver
-from everstep.platform.training.exchange import Wire
+from everstep.platform.training.exchange import Group
 from everstep.platform.training.messages import Inventory, ViewPlan, Vote
 from everstep.platform.training.messages import Verdict as Decided
 from everstep.platform.training.shard import RankState
@@ -24,13 +27,13 @@ class RunOver(Exception):
 
 @dataclass(frozen=True)
 class Seat:
-    """A rank's place in one view. `wire` is None where it is alone."""
+    """A rank's place in one view. `group` is None where it is alone."""
 
     view: str
     rank: int
     base_step: int
     plan: ViewPlan
-    wire: Wire | None
+    group: Group | None
     names: tuple[str, ...]
 
     @property
@@ -40,6 +43,9 @@ class Seat:
 
 class Conductor(Protocol):
     name: str
+
+    def empty(self, elements: int) -> torch.Tensor:
+        """Float32 memory, undefined, that is best for sending from."""
 
     def take_seat(self, inventory: Callable[[], Inventory]) -> Seat:
         """Waits for the next view with this rank in it. Raises RunOver."""
@@ -68,8 +74,8 @@ class Conductor(Protocol):
     def fault_point(self, phase: str, step: int) -> None:
         """Scripted faults strike here."""
 
-    def stand_up(self, error: str) -> None:
-        """The session has left the view because of `error` ("" at the end): its connections may be closed."""
+    def stand_up(self, error: CollectiveError | None) -> None:
+        """The session has left the view because of `error` (None at the end): its connections may be closed."""
 
     def slow_factor(self, step: int) -> float:
         """How much slower a scripted fault makes this rank's lanes; 1.0 without one."""

@@ -4,33 +4,40 @@ The sums are those of [Note: lane tree]; this file only decides which rank sends
 lane's buckets leave as soon as backward has filled them, so a rank never keeps more than its shard and what is
 on its way. ZeRO 0 and 1: a rank first sums its own contiguous lanes and sends the subtrees that remain.
 
-Belongs to the training thread. Wire order within a step is the same on every rank, tags are unique in a step.
+[Note: rounds] What a rank sends of one bucket goes in rounds, a move to each owner in every round: ZeRO 2 has a round
+for each of its lanes, ZeRO 0 and 1 have one, of all subtrees. Both ends know the rounds from the numbers of lanes and
+ranks, so the receiver begins them before the data is there: it comes straight into the memory that the tree adds.
+
+Belongs to the training thread. What is under way belongs to its Work: gradients are not changed before it is done.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 
+from everstep.collectives.work import Work
 from everstep.platform.training.lanes import LaneTree, Node, cover, lanes_of
 from everstep.platform.training.layout import FlatLayout, Run, intersect, total_of
-from everstep.platform.training.shard import RankState, ShardStore, bytes_of
+from everstep.platform.training.shard import RankState, ShardStore
 
-BUCKET_ELEMENTS = 1 << 18  # 1 MiB of float32: large against a frame's cost, small against a shard
+BUCKET_ELEMENTS = 1 << 18  # 1 MiB of float32: large against an operation's cost, small against a shard
+_AHEAD = 2  # rounds begun before they are due: one on its way while the one before is waited for
 
 
-class Wire(Protocol):
-    """Tagged frames between the members of one view (everstep.collectives.transport)."""
+class Group(Protocol):
+    """What the exchange needs of the members of one view (everstep.collectives.members)."""
 
     @property
     def rank(self) -> int: ...
     @property
     def size(self) -> int: ...
-    def send(self, peer: int, tag: int, buffers: Sequence[memoryview]) -> None: ...
-    def recv(self, peer: int, tag: int, timeout_s: float) -> bytearray: ...
-    def flush(self) -> None: ...
+    def send_parts(self, parts: Sequence[torch.Tensor], to: int, tag: int = 0) -> Work: ...
+    def recv_parts(self, parts: Sequence[torch.Tensor], source: int, tag: int = 0) -> Work: ...
+    def share_parts(self, parts: Sequence[Sequence[torch.Tensor]], tag: int = 0) -> Work: ...
+    def all_to_all(self, output: torch.Tensor, tensor: torch.Tensor, tag: int = 0) -> Work: ...
 
 
 class Bucket:
@@ -43,9 +50,8 @@ class Bucket:
         self.params = tuple(params)  # positions of the tensors that start here
         self._gaps = [slice(a - start, b - start) for a, b in gaps]
 
-    def empty(self) -> torch.Tensor:
-        """Memory for its gradients, zeros only in the padding: clearing all of it costs as much as filling it."""
-        flat = torch.empty(self.stop - self.start)
+    def clear_gaps(self, flat: torch.Tensor) -> torch.Tensor:
+        """Zeros in the padding only: clearing all of it costs as much as filling it."""
         for gap in self._gaps:
             flat[gap].zero_()
         return flat
@@ -70,147 +76,191 @@ def _add(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     return left.add_(right)
 
 
-def _floats(data: bytearray) -> torch.Tensor:
-    return torch.frombuffer(data, dtype=torch.float32) if data else torch.empty(0)
+class GradientPool:
+    """Memory for gradients, by bucket, used again as soon as they have left: other ranks on this host read it where
+    it is, and its first use costs a page fault every 4 KiB."""
+
+    def __init__(self, allocate: Callable[[int], torch.Tensor]) -> None:
+        self._allocate = allocate
+        self._free: dict[int, list[torch.Tensor]] = {}
+
+    def take(self, bucket: Bucket) -> torch.Tensor:
+        """Undefined but for the padding, which is zero."""
+        free = self._free.setdefault(bucket.index, [])
+        return free.pop() if free else bucket.clear_gaps(self._allocate(bucket.stop - bucket.start))
+
+    def give(self, bucket: Bucket, flat: torch.Tensor) -> None:
+        self._free.setdefault(bucket.index, []).append(flat)
+
+
+class _Leaving(NamedTuple):
+    """Gradients that are being sent."""
+
+    bucket: Bucket
+    flat: torch.Tensor
+    works: list[Work]
+
+
+class _Coming(NamedTuple):
+    """Nodes of a bucket that a peer sends in one round."""
+
+    nodes: list[Node]
+    values: list[torch.Tensor]
+    work: Work
 
 
 class Reduction:
     """The reduction of one step's lane gradients to their owners.
 
-    `owned[r]` are rank r's runs; `waves` is ZeRO 2's order. `wire` may be None for a single rank.
+    `owned[r]` are rank r's runs; `waves` is ZeRO 2's order. `group` may be None for a single rank. Gradients come
+    from `pool`, and go back to it.
     """
 
     def __init__(
         self,
-        layout: FlatLayout,
         buckets: Sequence[Bucket],
         owned: Sequence[Sequence[Run]],
         lanes: int,
         waves: bool,
-        wire: Wire | None,
+        group: Group | None,
         timeout_s: float,
+        pool: GradientPool,
     ) -> None:
-        self._layout = layout
+        self._pool = pool
         self._buckets = buckets
-        self._owned = owned
-        self._lanes = lanes
         self._waves = waves
-        self._wire = wire
-        self._rank = wire.rank if wire is not None else 0
-        self._ranks = len(owned)
+        self._group = group
+        self._rank = group.rank if group is not None else 0
         self._timeout_s = timeout_s
-        self._local: list[LaneTree[torch.Tensor]] = [LaneTree(lanes, _add) for _ in buckets]
+        self._local: list[LaneTree[torch.Tensor]] = [LaneTree(lanes, self._add_local(bucket)) for bucket in buckets]
         self._mine: list[LaneTree[torch.Tensor]] = [LaneTree(lanes, _add) for _ in buckets]
         self._parts = [[intersect(runs, ((b.start, b.stop),)) for runs in owned] for b in buckets]
+        self._rounds = [_rounds(rank, len(owned), lanes, waves) for rank in range(len(owned))]
+        self._expected = [0 for _ in buckets]  # rounds whose moves to this rank have begun
+        self._coming: list[list[_Coming]] = [[] for _ in buckets]
+        self._leaving: list[_Leaving] = []
+        self._turn = 0
+        for bucket in reversed(buckets):  # as backward fills them
+            self._expect(bucket, _AHEAD)
 
     def add(self, bucket: Bucket, lane: int, gradient: torch.Tensor) -> None:
-        """One lane's gradient over a bucket; this object keeps it."""
+        """One lane's gradient over a bucket, out of the pool."""
         if self._waves:
-            self._ship(bucket, (0, lane), gradient)
+            turn = self._rounds[self._rank].index([(0, lane)])
+            if turn != self._turn:
+                self._next_turn(turn)
+            self._ship(bucket, turn, {(0, lane): gradient})
         else:
             self._local[bucket.index].add((0, lane), gradient)
 
     def finish(self, into: ShardStore) -> None:
         """Waits for everybody's part and leaves the sums over all lanes in `into`. Raises PeerLost."""
-        if not self._waves:
-            for bucket in self._buckets:
-                for node, value in sorted(self._local[bucket.index].nodes.items()):
-                    self._ship(bucket, node, value)
+        for bucket in self._buckets:
+            self._expect(bucket, max(map(len, self._rounds)))
+            if not self._waves:
+                self._ship(bucket, 0, self._local[bucket.index].nodes)
         for bucket in self._buckets:
             part = self._parts[bucket.index][self._rank]
             if not part:
                 continue
-            tree = self._mine[bucket.index]
-            for peer in range(self._ranks):
-                if peer != self._rank:
-                    for node in self._nodes_of(peer):
-                        tree.add(node, _floats(self._recv(peer, _tag(bucket, node))))
-            root, at = tree.root(), 0
+            self._take(bucket, wait=True)
+            root, at = self._mine[bucket.index].root(), 0
             for start, stop in part:
                 into.view(start, stop).copy_(root[at : at + stop - start])
                 at += stop - start
-        if self._wire is not None:
-            self._wire.flush()
+        for leaving in self._leaving:
+            for work in leaving.works:
+                work.wait(self._timeout_s)
+        self._reuse()
 
-    def _nodes_of(self, peer: int) -> list[Node]:
-        held = lanes_of(peer, self._ranks, self._lanes, self._waves)
-        return [(0, lane) for lane in held] if self._waves else cover(held, self._lanes)
+    def _add_local(self, bucket: Bucket) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+        def add(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+            left.add_(right)
+            self._pool.give(bucket, right)
+            return left
 
-    def _ship(self, bucket: Bucket, node: Node, value: torch.Tensor) -> None:
+        return add
+
+    def _reuse(self) -> None:
+        while self._leaving and all(work.done() for work in self._leaving[0].works):
+            item = self._leaving.pop(0)
+            self._pool.give(item.bucket, item.flat)
+
+    def _next_turn(self, turn: int) -> None:
+        """Once a lane, since looking costs system calls: what has come is added, so memory stays shard-sized."""
+        self._turn = turn
+        for bucket in self._buckets:
+            self._expect(bucket, turn + 1 + _AHEAD)
+            self._take(bucket, wait=False)
+        self._reuse()
+
+    def _expect(self, bucket: Bucket, rounds: int) -> None:
+        """Begins to receive what the others send of this rank's part in the first `rounds` rounds."""
+        part = self._parts[bucket.index][self._rank]
+        if self._group is None or not part:
+            return
+        for turn in range(self._expected[bucket.index], rounds):
+            for peer, theirs in enumerate(self._rounds):
+                if peer != self._rank and turn < len(theirs):
+                    values = [torch.empty(total_of(part)) for _ in theirs[turn]]
+                    places = [place for value in values for place in _cut(value, part)]
+                    work = self._group.recv_parts(places, peer, _tag(bucket, turn))
+                    self._coming[bucket.index].append(_Coming(theirs[turn], values, work))
+        self._expected[bucket.index] = max(rounds, self._expected[bucket.index])
+
+    def _take(self, bucket: Bucket, wait: bool) -> None:
+        """Adds what has come, in order; with `wait` all that was expected."""
+        coming = self._coming[bucket.index]
+        while coming and (wait or coming[0].work.done()):
+            item = coming.pop(0)
+            item.work.wait(self._timeout_s)
+            for node, value in zip(item.nodes, item.values, strict=True):
+                self._mine[bucket.index].add(node, value)
+
+    def _ship(self, bucket: Bucket, turn: int, nodes: dict[Node, torch.Tensor]) -> None:
+        order = self._rounds[self._rank][turn]
+        works = []
         for peer, part in enumerate(self._parts[bucket.index]):
             if not part:
                 continue
-            slices = [value[a - bucket.start : b - bucket.start] for a, b in part]
+            slices = {node: [nodes[node][a - bucket.start : b - bucket.start] for a, b in part] for node in order}
             if peer == self._rank:
-                self._mine[bucket.index].add(node, torch.cat(slices))
-            elif self._wire is not None:
-                self._wire.send(peer, _tag(bucket, node), [bytes_of(s) for s in slices])
+                for node in order:
+                    self._mine[bucket.index].add(node, torch.cat(slices[node]))
+            elif self._group is not None:
+                parts = [place for node in order for place in slices[node]]
+                works.append(self._group.send_parts(parts, peer, _tag(bucket, turn)))
+        self._leaving += [_Leaving(bucket, nodes[node], works) for node in order]
 
-    def _recv(self, peer: int, tag: int) -> bytearray:
-        assert self._wire is not None
-        return self._wire.recv(peer, tag, self._timeout_s)
+
+def _rounds(rank: int, ranks: int, lanes: int, waves: bool) -> list[list[Node]]:
+    """The nodes that a rank sends of each bucket, by round ([Note: rounds])."""
+    held = lanes_of(rank, ranks, lanes, waves)
+    return [[(0, lane)] for lane in held] if waves else [cover(held, lanes)]
 
 
-def _tag(bucket: Bucket, node: Node) -> int:
-    """Unique within a step of one view: bucket, level, index (steps follow each other on one connection)."""
-    level, index = node
-    return (bucket.index << 32) | (level << 24) | index
+def _cut(flat: torch.Tensor, runs: Sequence[Run]) -> Sequence[torch.Tensor]:
+    return torch.split(flat, [stop - start for start, stop in runs])
+
+
+def _tag(bucket: Bucket, turn: int) -> int:
+    """Unique within a step (those of the next step follow in order)."""
+    return (bucket.index << 32) | turn
 
 
 _GATHER = 1 << 62
 _SHARE = 1 << 61
 
 
-def gather(state: RankState, owned: Sequence[Sequence[Run]], wire: Wire | None, timeout_s: float) -> None:
+def gather(state: RankState, owned: Sequence[Sequence[Run]], group: Group | None, timeout_s: float) -> None:
     """Every owner's master runs into every rank's `compute`. Raises PeerLost."""
-    _spread(state.master, state.compute, owned, wire, _GATHER, timeout_s)
+    for start, stop in owned[group.rank if group is not None else 0]:
+        state.compute[start:stop].copy_(state.master.view(start, stop))
+    if group is not None:
+        group.share_parts([[state.compute[a:b] for a, b in runs] for runs in owned], _GATHER).wait(timeout_s)
 
 
-def share_gradients(store: ShardStore, owned: Sequence[Sequence[Run]], wire: Wire | None, timeout_s: float) -> None:
+def share_gradients(store: ShardStore, owned: Sequence[Sequence[Run]], group: Group | None, timeout_s: float) -> None:
     """ZeRO 0: every owner's reduced runs into every rank's full `store`. Raises PeerLost."""
-    if wire is None:
-        return
-    mine = owned[wire.rank]
-    _send_runs(store, mine, wire, _SHARE)
-    for peer, runs in enumerate(owned):
-        if peer != wire.rank and runs:
-            data, at = _floats(wire.recv(peer, _SHARE, timeout_s)), 0
-            for start, stop in runs:
-                store.view(start, stop).copy_(data[at : at + stop - start])
-                at += stop - start
-    wire.flush()
-
-
-def _spread(
-    store: ShardStore,
-    into: torch.Tensor,
-    owned: Sequence[Sequence[Run]],
-    wire: Wire | None,
-    tag: int,
-    timeout_s: float,
-) -> None:
-    rank = wire.rank if wire is not None else 0
-    for start, stop in owned[rank]:
-        into[start:stop].copy_(store.view(start, stop))
-    if wire is None:
-        return
-    _send_runs(store, owned[rank], wire, tag)
-    for peer, runs in enumerate(owned):
-        if peer != rank and runs:
-            data, at = _floats(wire.recv(peer, tag, timeout_s)), 0
-            assert data.numel() == total_of(runs), (
-                f"rank {peer} sent {data.numel()} elements, it owns {total_of(runs)}"
-            )
-            for start, stop in runs:
-                into[start:stop].copy_(data[at : at + stop - start])
-                at += stop - start
-    wire.flush()
-
-
-def _send_runs(store: ShardStore, runs: Sequence[Run], wire: Wire, tag: int) -> None:
-    if not runs:
-        return
-    views = [bytes_of(store.view(start, stop)) for start, stop in runs]
-    for peer in range(wire.size):
-        if peer != wire.rank:
-            wire.send(peer, tag, views)
+    if group is not None:
+        group.share_parts([[store.view(a, b) for a, b in runs] for runs in owned], _SHARE).wait(timeout_s)

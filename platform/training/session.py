@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 
-from everstep.collectives.errors import CollectiveTimeout
+from everstep.collectives.errors import CollectiveError, CollectiveTimeout
 from everstep.platform.training.conductor import Conductor, RunOver, Seat, ViewOver
-from everstep.platform.training.exchange import Bucket, Reduction, buckets_of, gather, share_gradients
+from everstep.platform.training.exchange import Bucket, GradientPool, Reduction, buckets_of, gather, share_gradients
 from everstep.platform.training.lanes import lanes_of
 from everstep.platform.training.messages import Inventory, LaneLoss, Verdict, Vote
 from everstep.platform.training.randomness import KeyedRandomness
@@ -78,9 +78,10 @@ class Session:
         self.task = task or (job.task if job is not None else None)
         self.model = model
         optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
-        self.state = RankState(model, optimizers)
-        self._buckets = buckets_of(self.state.layout)
         self._conductor = conductor or (job.conductor if job is not None else Solo(self.settings))
+        self.state = RankState(model, optimizers, self._conductor.empty)
+        self._buckets = buckets_of(self.state.layout)
+        self._pool = GradientPool(self._conductor.empty)
         self._random = KeyedRandomness(model, self.settings.seed)
         self._seat: Seat | None = None
         self._attempt: _Attempt | None = None
@@ -112,7 +113,7 @@ class Session:
         self._random.remove()
         for hook in self._hooks:
             hook.remove()
-        self._conductor.stand_up("")
+        self._conductor.stand_up(None)
 
     # ---- the loop ---------------------------------------------------------------------------------------
 
@@ -129,7 +130,7 @@ class Session:
                     return
                 self._open(seat)
             except (ViewOver, CollectiveTimeout) as error:
-                self._stand(str(error))
+                self._stand(error)
                 continue
             except RunOver:
                 return
@@ -183,7 +184,7 @@ class Session:
             for bucket in self._buckets:
                 self._ship(bucket, lane)
         except (ViewOver, CollectiveTimeout) as error:
-            self._stand(str(error))
+            self._stand(error)
         finally:
             self._filling.clear()
             for _, parameter in self.state.params:
@@ -199,7 +200,7 @@ class Session:
         except RunOver:
             self._done = True
         except (ViewOver, CollectiveTimeout) as error:
-            self._stand(str(error))
+            self._stand(error)
 
     def open_probe(self) -> None:
         """Prepares the model for a dry lane: lane 0 of the first step, whose gradients go nowhere."""
@@ -230,13 +231,13 @@ class Session:
         step = self.state.stamp + 1
         self._conductor.fault_point("gradient", step)
         reduction = Reduction(
-            self.state.layout,
             self._buckets,
             seat.plan.owned,
             self.settings.lanes,
             self._waves,
-            seat.wire,
+            seat.group,
             self.settings.stall_s,
+            self._pool,
         )
         self._attempt = _Attempt(step, reduction, started=time.perf_counter())
 
@@ -268,7 +269,7 @@ class Session:
     def _filling_of(self, bucket: Bucket) -> tuple[torch.Tensor, set[int]]:
         if bucket.index not in self._filling:
             waiting = {i for i in bucket.params if not self.state.layout.tensors[i].is_buffer}
-            self._filling[bucket.index] = (bucket.empty(), waiting)
+            self._filling[bucket.index] = (self._pool.take(bucket), waiting)
         return self._filling[bucket.index]
 
     def _ship(self, bucket: Bucket, lane: int) -> None:
@@ -308,7 +309,7 @@ class Session:
         with torch.no_grad():
             attempt.reduction.finish(state.reduced)
             if self.settings.zero == 0:
-                share_gradients(state.reduced, owned, seat.wire, self.settings.stall_s)
+                share_gradients(state.reduced, owned, seat.group, self.settings.stall_s)
             exchanged = time.perf_counter()
             conductor.fault_point("vote", step)
             vote = self._vote(attempt, owned[seat.rank], computed - attempt.started, exchanged - computed)
@@ -356,7 +357,7 @@ class Session:
         if self.settings.zero == 0:
             self.state.publish()
         else:
-            gather(self.state, seat.plan.owned, seat.wire, self.settings.stall_s)
+            gather(self.state, seat.plan.owned, seat.group, self.settings.stall_s)
         self.state.gathered()
 
     def _announce(self, step: int, verdict: Verdict) -> None:
@@ -405,7 +406,7 @@ class Session:
                 conductor.snapshot(state, lambda: None)
         return Inventory(state.stamp, state.held, None, state.layout.units)
 
-    def _stand(self, error: str) -> None:
+    def _stand(self, error: CollectiveError) -> None:
         self._attempt = None
         self._seat = None
         self._filling.clear()
@@ -418,7 +419,7 @@ class Session:
             seat, step + 1, Vote("seal", sealed_step=self._conductor.sealed_step(), stall_s=self._stall_s)
         )
         with torch.no_grad():
-            lines = hash_lines(self.state, seat.plan.owned, seat.wire, self.settings.stall_s)
+            lines = hash_lines(self.state, seat.plan.owned, seat.group, self.settings.stall_s)
         self._conductor.vote(
             seat, step + 2, Vote("hash", hash_lines=lines, sealed_step=self._conductor.sealed_step())
         )

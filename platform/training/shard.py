@@ -73,7 +73,13 @@ class ShardStore:
 class RankState:
     """Model, optimizers and buffers of one rank. Raises UnsupportedModel where bits could not be promised."""
 
-    def __init__(self, model: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        optimizers: Sequence[torch.optim.Optimizer],
+        allocate: Callable[[int], torch.Tensor] = torch.empty,
+    ) -> None:
+        """`allocate(elements)` gives the memory of `compute`, from which updated parameters are sent."""
         self.model = model
         self.params = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         check_model(model)
@@ -82,7 +88,7 @@ class RankState:
         self.optimizers = OptimizerSet(optimizers, self.params)
         shapes = [(n, tuple(p.shape), not self.optimizers.cuttable(n)) for n, p in self.params]
         self.layout = FlatLayout.of(shapes, [(n, tuple(b.shape)) for n, b in self.buffers])
-        self.compute = torch.zeros(self.layout.total, dtype=torch.float32)
+        self.compute = allocate(self.layout.total).zero_()
         for name, tensor in [*self.params, *self.buffers]:
             flat = self.layout.by_name[name]
             view = self.compute[flat.start : flat.stop].view(flat.shape)

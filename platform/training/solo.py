@@ -8,6 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import torch
+
+from everstep.collectives.errors import CollectiveError
 from everstep.platform.training.conductor import RunOver, Seat
 from everstep.platform.training.layout import merge_runs
 from everstep.platform.training.messages import Inventory, Verdict, ViewPlan, Vote
@@ -28,6 +31,9 @@ class Solo:
         self._rules = Rules(settings.lanes, settings.clip_norm, settings.nonfinite_limit)
         self._progress = Progress()
         self.verdicts: list[Verdict] = []
+
+    def empty(self, elements: int) -> torch.Tensor:
+        return torch.empty(elements)
 
     def take_seat(self, inventory: Callable[[], Inventory]) -> Seat:
         offer = inventory()
@@ -65,7 +71,7 @@ class Solo:
     def fault_point(self, phase: str, step: int) -> None:
         pass
 
-    def stand_up(self, error: str) -> None:
+    def stand_up(self, error: CollectiveError | None) -> None:
         pass
 
     def slow_factor(self, step: int) -> float:

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import msgspec
 import torch
 
-from everstep.platform.training.exchange import Wire
+from everstep.platform.training.exchange import Group
 from everstep.platform.training.layout import Run
-from everstep.platform.training.shard import RankState
+from everstep.platform.training.shard import RankState, bytes_of
 from everstep.storage.index import TensorMeta
 from everstep.storage.state_hash import tensor_line
 
@@ -28,12 +28,12 @@ class _Part(msgspec.Struct, array_like=True):
 
 
 def hash_lines(
-    state: RankState, owned: Sequence[Sequence[Run]], wire: Wire | None, timeout_s: float
+    state: RankState, owned: Sequence[Sequence[Run]], group: Group | None, timeout_s: float
 ) -> tuple[str, ...]:
     """This rank's lines: tensor i of the sorted state is hashed by rank i modulo ranks. Raises ViewOver."""
     metas = state.metas()
     position = {meta.key: i for i, meta in enumerate(metas)}
-    rank, ranks = (wire.rank, wire.size) if wire is not None else (0, 1)
+    rank, ranks = (group.rank, group.size) if group is not None else (0, 1)
     outgoing: list[list[_Part]] = [[] for _ in range(ranks)]
     for place in state.places():
         index = position[place.meta.key]
@@ -42,18 +42,29 @@ def hash_lines(
         )
     whole = sum(stop - start for start, stop in state.held) == state.layout.total  # ZeRO 0: nothing to send
     incoming = list(outgoing[rank])
-    if wire is not None and not whole:
-        for peer in range(ranks):
-            if peer != rank:
-                wire.send(peer, _TAG, [memoryview(msgspec.msgpack.encode(outgoing[peer]))])
-        for peer in range(ranks):
-            if peer != rank:
-                incoming += msgspec.msgpack.decode(wire.recv(peer, _TAG, timeout_s), type=list[_Part])
-        wire.flush()
+    if group is not None and not whole:
+        for data in _exchange(group, [msgspec.msgpack.encode(parts) for parts in outgoing], timeout_s):
+            incoming += msgspec.msgpack.decode(data, type=list[_Part])
     parts: dict[int, dict[int, bytes]] = {}
     for part in incoming:
         parts.setdefault(part.tensor, {})[part.start] = part.data
     return tuple(_line(metas[i], parts.get(i, {})) for i in range(rank, len(metas), ranks))
+
+
+def _exchange(group: Group, outgoing: Sequence[bytes], timeout_s: float) -> list[memoryview]:
+    """Sends `outgoing[r]` to rank r; what the others sent. How much that is has to be said first."""
+    peers = [peer for peer in range(group.size) if peer != group.rank]
+    sizes = torch.empty(group.size, dtype=torch.int64)
+    group.all_to_all(sizes, torch.tensor([len(data) for data in outgoing]), _TAG).wait(timeout_s)
+    incoming = {peer: torch.empty(int(sizes[peer]), dtype=torch.uint8) for peer in peers}
+    works = [group.recv_parts([incoming[peer]], peer, _TAG) for peer in peers]
+    works += [
+        group.send_parts([torch.frombuffer(bytearray(outgoing[peer]), dtype=torch.uint8)], peer, _TAG)
+        for peer in peers
+    ]
+    for work in works:
+        work.wait(timeout_s)
+    return [bytes_of(incoming[peer]) for peer in peers]
 
 
 def _line(meta: TensorMeta, parts: dict[int, bytes]) -> str:
