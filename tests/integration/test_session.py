@@ -17,8 +17,10 @@ from torch import nn
 from torch.nn import functional
 
 import everstep as es
+from everstep.collectives.members import Members
+from everstep.collectives.mesh import Mesh
 from everstep.collectives.messages import Member, View, ViewId
-from everstep.collectives.transport.tcp import Listener, Mesh
+from everstep.collectives.transport.listener import Listener
 from everstep.platform.training.conductor import Seat
 from everstep.platform.training.messages import Inventory, Verdict, ViewPlan, Vote
 from everstep.platform.training.ownership import assign
@@ -189,7 +191,7 @@ class Seated(Solo):
     def take_seat(self, inventory: Callable[[], Inventory]) -> Seat:
         plan = ViewPlan(assign(inventory().units, len(self._view.members)), None)
         names = tuple(member.name for member in self._view.members)
-        return Seat(str(self._view.id), self._rank, 0, plan, self._mesh, names)
+        return Seat(str(self._view.id), self._rank, 0, plan, Members(self._mesh), names)
 
     def level(self, seat: Seat) -> None:
         self._mesh.connect(PATIENCE_S)
@@ -201,10 +203,10 @@ class Seated(Solo):
 def together(case: Case, wanted: es.Settings, count: int) -> list[Ended]:
     """The same job on `count` threads; every thread has a model of its own."""
     listeners = [Listener("127.0.0.1", "token") for _ in range(count)]
-    members = tuple(Member(f"rank-{i}", i, f"slot-{i}", it.address) for i, it in enumerate(listeners))
+    members = tuple(Member(f"rank-{i}", i, f"slot-{i}", it.address, local=it.local) for i, it in enumerate(listeners))
     view = View(ViewId(1, 1), members, 0)
     broken: list[str] = []
-    meshes = [Mesh(view, i, "token", lambda peer, why: broken.append(why)) for i in range(count)]
+    meshes = [Mesh(view, i, it, lambda peer, why: broken.append(why), PATIENCE_S) for i, it in enumerate(listeners)]
     meeting = Meeting(wanted, count)
     sessions = []
     for rank, (listener, mesh) in enumerate(zip(listeners, meshes, strict=True)):

@@ -34,6 +34,7 @@ from everstep.platform.job.status import Event, Status
 
 # Names that outside programs and fingers rely on.
 GOLDEN = {
+    "coordinator": ["--bind", "--json", "--min-peers", "--state", "--timeout", "--token-file"],
     "doctor": ["--json"],
     "findings": ["--json"],
     "jobs": ["--json"],
@@ -579,3 +580,42 @@ def test_goodput_parts_add_up():
     rows = display.goodput_rows(DONE.goodput)
     assert sum(percent for _, _, percent in rows) == pytest.approx(100)
     assert display.goodput_rows(Goodput())[0] == ("productive", 0.0, 0.0)
+
+
+# ---- everstep coordinator ---------------------------------------------------------------------------------
+
+
+def test_a_coordinator_says_where_it_is_and_ends_when_it_is_asked_to(tmp_path):
+    token = tmp_path / "token"
+    token.write_text("secret\n")
+    command = [sys.executable, "-m", "everstep", "coordinator", "--json"]
+    environment = {**os.environ, "EVERSTEP_TOKEN_FILE": str(token)}
+    for number in (signal.SIGTERM, signal.SIGINT):
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+        )
+        assert process.stdout is not None
+        line = json.loads(process.stdout.readline())
+        assert line["address"].startswith("127.0.0.1:")
+        assert line["pid"] == process.pid
+        process.send_signal(number)
+        assert process.wait(10) == 0
+        process.stdout.close()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ([], "EVERSTEP_TOKEN_FILE"),
+        (["--token-file", "/nowhere"], "No such file"),
+        (["--token-file", "TOKEN", "--bind", "here"], "HOST:PORT"),
+    ],
+)
+def test_a_coordinator_that_cannot_start_says_why(arguments, text, tmp_path, monkeypatch):
+    monkeypatch.delenv("EVERSTEP_TOKEN_FILE", raising=False)
+    token = tmp_path / "token"
+    token.write_text("secret")
+    given = [str(token) if argument == "TOKEN" else argument for argument in arguments]
+    done = CliRunner().invoke(app, ["coordinator", *given])
+    assert done.exit_code == 2
+    assert text in done.stderr

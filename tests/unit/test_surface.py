@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import everstep
+import everstep.collectives
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("platform", "actors", "collectives", "storage", "dashboards")
@@ -31,6 +32,21 @@ EXPORTS = {
 }
 
 
+COLLECTIVES = {
+    "CollectiveError",
+    "CollectiveTimeout",
+    "Coordinator",
+    "CoordinatorLost",
+    "Evicted",
+    "Group",
+    "GroupView",
+    "HandshakeRefused",
+    "Mismatch",
+    "PeerLost",
+    "TransactionAborted",
+    "Work",
+}
+
 # What the CLI, the supervisor and the snapshot managers start from.
 WITHOUT_TORCH_AND_RAY = (
     "everstep",
@@ -38,6 +54,9 @@ WITHOUT_TORCH_AND_RAY = (
     "everstep.actors.client",
     "everstep.actors.launch",
     "everstep.actors.manager_process",
+    "everstep.collectives",
+    "everstep.collectives.coordinator",
+    "everstep.collectives.watcher",
 )
 
 
@@ -50,6 +69,14 @@ def _sources() -> list[Path]:
 def test_exports_are_frozen():
     assert set(everstep.__all__) == EXPORTS
     assert set(dir(everstep)) == EXPORTS
+
+
+def test_the_exports_of_collectives_are_frozen_and_cost_nothing_until_they_are_used():
+    assert set(everstep.collectives.__all__) == COLLECTIVES == set(dir(everstep.collectives))
+    code = "import sys, everstep.collectives; print(sorted({'torch', 'grpc', 'msgspec'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.strip() == "[]"
+    assert all(getattr(everstep.collectives, name) for name in COLLECTIVES)
 
 
 def test_every_export_is_there():

@@ -255,23 +255,143 @@ def test_nobody_there_is_said_in_time() -> None:
         ControlClient(f"127.0.0.1:{port}", TOKEN, lambda data: None, lambda why: None, timeout_s=0.2)
 
 
-def test_unary_calls_need_the_token(served: Served) -> None:
+def test_calls_need_the_token(served: Served) -> None:
     assert call(served.address, TOKEN, b"abc") == b"cba"
     with pytest.raises(HandshakeRefused, match="wrong token"):
         call(served.address, "another token", b"abc")
 
 
 def test_a_proof_belongs_to_its_call(served: Served) -> None:
-    nonce = b"n" * NONCE_BYTES
-    with grpc.insecure_channel(served.address) as channel:
-        method = channel.unary_unary("/everstep.Control/Call")
-        for given in (proof(TOKEN, "call", nonce, b"abc"), b"", bytes(PROOF_BYTES)):
-            with pytest.raises(grpc.RpcError) as caught:
-                method(b"abd", metadata=[("nonce-bin", nonce), ("proof-bin", given)], timeout=WAIT_S)
-            assert caught.value.code() == grpc.StatusCode.UNAUTHENTICATED
+    _, (mine, theirs, given) = _recorded_call(served, b"abc")
+    for proof_given in (given, proof(TOKEN, "client", mine, theirs, b"abd"), b"", bytes(PROOF_BYTES)):
         with pytest.raises(grpc.RpcError) as caught:
-            method(b"abd", timeout=WAIT_S)
+            _recorded_call(served, b"abd", given=proof_given)
         assert caught.value.code() == grpc.StatusCode.UNAUTHENTICATED
+
+
+def test_a_recorded_call_is_worth_nothing_the_second_time(served: Served) -> None:
+    """Every byte that the caller sent, again, while the first call's server still runs."""
+    first, (nonce, _, given) = _recorded_call(served, b"abc")
+    assert first == b"cba"
+    with pytest.raises(grpc.RpcError) as caught:
+        _recorded_call(served, b"abc", nonce, given)
+    assert caught.value.code() == grpc.StatusCode.UNAUTHENTICATED
+
+
+def _recorded_call(
+    served: Served, data: bytes, nonce: bytes = b"n" * NONCE_BYTES, given: bytes | None = None
+) -> tuple[bytes, tuple[bytes, bytes, bytes]]:
+    """A call by hand: the reply; both nonces and the proof."""
+    out: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+    out.put(msgspec.msgpack.encode({"version": PROTOCOL_VERSION, "nonce": nonce}))
+    with grpc.insecure_channel(served.address) as channel:
+        replies = channel.stream_stream("/everstep.Control/Call")(iter(out.get, None), timeout=WAIT_S)
+        theirs = msgspec.msgpack.decode(next(replies))["nonce"]
+        made = proof(TOKEN, "call", nonce, theirs, data) if given is None else given
+        out.put(msgspec.msgpack.encode({"proof": made, "data": data}))
+        try:
+            return next(replies), (nonce, theirs, made)
+        finally:
+            out.put(None)
+
+
+@pytest.mark.parametrize("messages", [[], [b""], [b"\xc1"], [b"\x91" * 5000], [_hello(), b"\xc1"], [_hello(), b""]])
+def test_garbage_calls_harm_nobody(served: Served, messages: list[bytes], caplog: pytest.LogCaptureFixture) -> None:
+    with grpc.insecure_channel(served.address) as channel:
+        said = list(channel.stream_stream("/everstep.Control/Call")(iter(messages), timeout=WAIT_S))
+    assert len(said) <= 1, "an answer to the hello, and never a reply"
+    assert call(served.address, TOKEN, b"abc") == b"cba"
+    assert caplog.records == []
+
+
+def test_bytes_that_are_not_http_harm_nobody(served: Served, connect: Callable[[], Client]) -> None:
+    client = connect()
+    host, port = served.address.split(":")
+    for garbage in (
+        b"",
+        b"\0" * 100,
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\xff" * 1000,
+    ):
+        for _ in range(20):
+            with socket.create_connection((host, int(port)), WAIT_S) as stranger:
+                stranger.sendall(garbage)
+    client.stream.send(b"still here")
+    assert served.heard.get(timeout=WAIT_S)[1] == b"still here"
+    assert connect().stream is not None
+
+
+def test_more_callers_than_may_greet_push_each_other_out_and_no_member() -> None:
+    """However long their time is, and with every worker but the spare ones taken."""
+    served = Served(max_peers=2)
+    try:
+        with grpc.insecure_channel(served.address) as channel:
+            pause: queue.Queue[bytes | None] = queue.Queue()
+            first = Client(served.address)
+            silent = [channel.stream_stream("/everstep.Control/Stream")(iter(pause.get, None)) for _ in range(60)]
+            began = time.monotonic()
+            second = Client(served.address)
+            assert time.monotonic() - began < control.HANDSHAKE_TIMEOUT_S / 2
+            for client, said in ((first, b"1"), (second, b"2")):
+                client.stream.send(said)
+                assert served.heard.get(timeout=WAIT_S)[1] == said
+            for _ in silent:
+                pause.put(None)
+            for client in (first, second):
+                client.stream.close()
+    finally:
+        served.server.stop()
+
+
+def test_one_peer_more_than_there_may_be_is_refused_with_the_setting() -> None:
+    served = Served(max_peers=2)
+    try:
+        clients = [Client(served.address) for _ in range(2)]
+        with pytest.raises(HandshakeRefused, match=r"all of its 2 peers are there \(max_peers\)"):
+            Client(served.address)
+        clients.pop().stream.close()
+        served.closed.get(timeout=WAIT_S)
+        clients.append(Client(served.address))
+        clients[-1].stream.send(b"x")
+        assert served.heard.get(timeout=WAIT_S)[1] == b"x"
+        for client in clients:
+            client.stream.close()
+    finally:
+        served.server.stop()
+
+
+def test_a_peer_that_reads_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch, served: Served) -> None:
+    monkeypatch.setattr(control, "_MAX_QUEUED", 100)
+    stuck = threading.Event()
+    stream = ControlClient(served.address, TOKEN, lambda data: stuck.wait(WAIT_S) and None, lambda why: None)
+    stream.send(b"x")
+    peer, _ = served.heard.get(timeout=WAIT_S)
+    for _ in range(400):
+        peer.send(bytes(1 << 18))
+        if not served.closed.empty():
+            break
+        time.sleep(0.005)
+    assert served.closed.get(timeout=WAIT_S).ident == peer.ident
+    stuck.set()
+    stream.close()
+
+
+def test_a_message_above_the_limit_ends_its_stream_only(connect: Callable[[], Client]) -> None:
+    heard: queue.Queue[bytes] = queue.Queue()
+    closed: queue.Queue[Peer] = queue.Queue()
+    server = ControlServer(
+        "127.0.0.1:0", TOKEN, lambda peer, data: heard.put(data), closed.put, max_message_bytes=1 << 20
+    )
+    try:
+        large, small = Client(server.address), Client(server.address)
+        large.stream.send(bytes((1 << 20) + 1))
+        closed.get(timeout=WAIT_S)
+        small.stream.send(b"x")
+        assert heard.get(timeout=WAIT_S) == b"x"
+        for client in (large, small):
+            client.stream.close()
+    finally:
+        server.stop()
 
 
 def test_a_call_to_nobody_is_said() -> None:

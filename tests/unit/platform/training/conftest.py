@@ -1,4 +1,4 @@
-"""Ranks as threads of this process: an in-memory wire, and a group that forms views, judges and keeps segments.
+"""Ranks as threads of this process: in-memory groups to send by, and one that forms views, judges and keeps segments.
 
 `Group` is a `Conductor` for each of its threads: the real chooser, planner, segments and verdict, without
 sockets and processes. `faults` maps (phase, step, rank) to what happens there, once: "abort" ends the view, "die"
@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from everstep.actors.fetch import fetch_local
-from everstep.collectives.errors import PeerLost
+from everstep.collectives.errors import CollectiveError, PeerLost
+from everstep.collectives.work import Work
 from everstep.platform.training.conductor import Seat
 from everstep.platform.training.layout import Run
 from everstep.platform.training.messages import Inventory, Stock, Verdict, ViewPlan, Vote
@@ -34,53 +35,123 @@ from everstep.storage.state_hash import combine
 PATIENCE_S = 20.0
 
 
+Parts = Sequence[torch.Tensor]
+
+
+@dataclass(eq=False)
+class Move:
+    """What one rank sends another; either end may be there first."""
+
+    source: Parts | None = None
+    target: Parts | None = None
+    works: list[Work] = field(default_factory=list)
+
+
 class Post:
-    """The wires of one view. A frame is read from its sender's memory as late as `flush` allows."""
+    """The groups of one view, in memory. Every second move is made when both ends are there, the others when one of
+    them waits: nothing may rely on either."""
 
     def __init__(self, ranks: int) -> None:
         self.condition = threading.Condition()
-        self.frames: dict[tuple[int, int, int], list[memoryview]] = {}
+        self.moves: dict[tuple[int, int, int], list[Move]] = {}  # by source, target, tag
+        self.sent: list[tuple[int, int, int]] = []  # source, target, parts
         self.over = ""
-        self.wires = [Wire(self, rank, ranks) for rank in range(ranks)]
+        self.hold = False  # no move is made before one of its ends waits
+        self.groups = [InMemory(self, rank, ranks) for rank in range(ranks)]
 
     def end(self, why: str) -> None:
         with self.condition:
             self.over = self.over or why
             self.condition.notify_all()
 
+    def begin(self, key: tuple[int, int, int], source: Parts | None, target: Parts | None) -> Work:
+        with self.condition:
+            pending = self.moves.setdefault(key, [])
+            fits = (move for move in pending if (move.source if source is not None else move.target) is None)
+            if (move := next(fits, None)) is None:
+                pending.append(move := Move())
+            move.source = source if source is not None else move.source
+            move.target = target if target is not None else move.target
+            work = Work(self, f"move {key}")
+            move.works.append(work)
+            if source is not None:
+                self.sent.append((*key[:2], len(source)))
+                if len(self.sent) % 2 and not self.hold:
+                    self._make(move)
+            self.condition.notify_all()
+        return work
+
+    def wait(self, work: Work, timeout_s: float | None) -> None:
+        with self.condition:
+            there = lambda: work.finished or self._make(self._move_of(work)) or self.over  # noqa: E731
+            assert self.condition.wait_for(there, PATIENCE_S), f"nobody has the other end of {work.what}"
+            if not work.finished:
+                raise PeerLost(self.over)
+
+    def look(self, work: Work) -> None:
+        """Nothing comes by itself."""
+
+    def _move_of(self, work: Work) -> Move:
+        return next(move for moves in self.moves.values() for move in moves if work in move.works)
+
+    def _make(self, move: Move) -> bool:
+        """Copies if both ends are there."""
+        if self.over or move.source is None or move.target is None:
+            return False
+        for source, target in zip(move.source, move.target, strict=True):
+            target.copy_(source)
+        for work in move.works:
+            work.finished = True
+        for moves in self.moves.values():
+            if move in moves:
+                moves.remove(move)
+        self.condition.notify_all()
+        return True
+
 
 @dataclass
-class Wire:
+class Both:
+    """Several moves as one work."""
+
+    works: list[Work]
+
+    def done(self) -> bool:
+        return all(work.done() for work in self.works)
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        for work in self.works:
+            work.wait(timeout_s)
+
+
+@dataclass
+class InMemory:
+    """One rank's group."""
+
     post: Post
     rank: int
     size: int
 
-    def send(self, peer: int, tag: int, buffers: Sequence[memoryview]) -> None:
-        assert peer != self.rank
-        with self.post.condition:
-            if self.post.over:
-                raise PeerLost(self.post.over)
-            key = (self.rank, peer, tag)
-            assert key not in self.post.frames, f"frame {key} twice"
-            self.post.frames[key] = [memoryview(b).cast("B") for b in buffers]
-            self.post.condition.notify_all()
+    def send_parts(self, parts: Parts, to: int, tag: int = 0) -> Work:
+        return self.post.begin((self.rank, to, tag), list(parts), None)
 
-    def recv(self, peer: int, tag: int, timeout_s: float) -> bytearray:
-        key = (peer, self.rank, tag)
-        with self.post.condition:
-            there = lambda: key in self.post.frames or self.post.over  # noqa: E731
-            assert self.post.condition.wait_for(there, PATIENCE_S), f"nobody sends {key}"
-            if key not in self.post.frames:
-                raise PeerLost(self.post.over)
-            return bytearray(b"".join(self.post.frames.pop(key)))
+    def recv_parts(self, parts: Parts, source: int, tag: int = 0) -> Work:
+        return self.post.begin((source, self.rank, tag), None, list(parts))
 
-    def flush(self) -> None:
-        with self.post.condition:
-            if self.post.over:
-                raise PeerLost(self.post.over)
-            for key, frame in self.post.frames.items():
-                if key[0] == self.rank:
-                    self.post.frames[key] = [memoryview(b"".join(frame))]
+    def share_parts(self, parts: Sequence[Parts], tag: int = 0) -> Any:
+        peers = [peer for peer in range(self.size) if peer != self.rank]
+        ways = [
+            (self.send_parts(parts[self.rank], peer, tag), self.recv_parts(parts[peer], peer, tag)) for peer in peers
+        ]
+        return Both([work for pair in ways for work in pair])
+
+    def all_to_all(self, output: torch.Tensor, tensor: torch.Tensor, tag: int = 0) -> Any:
+        output[self.rank] = tensor[self.rank]
+        works = []
+        for peer in range(self.size):
+            if peer != self.rank:
+                works.append(self.send_parts([tensor[peer]], peer, tag))
+                works.append(self.recv_parts([output[peer]], peer, tag))
+        return Both(works)
 
 
 def in_threads(work: Sequence[Callable[[], Any]]) -> list[Any]:
@@ -166,8 +237,8 @@ class Group:
         self.levelled.clear()
         plan = ViewPlan(choice.owned, choice.have, final=final)
         for rank, name in enumerate(names):
-            wire = self.post.wires[rank] if len(names) > 1 else None
-            self.seats[name] = Seat(str(self.view), rank, choice.base_step, plan, wire, tuple(names))
+            group = self.post.groups[rank] if len(names) > 1 else None
+            self.seats[name] = Seat(str(self.view), rank, choice.base_step, plan, group, tuple(names))
         self.outcome.views.append((choice.base_step, len(names)))
 
     def judge(self, step: int) -> Verdict:
@@ -194,6 +265,9 @@ class Rank:
         self._group = group
         self._seat: Seat | None = None
         self._sealed = -1
+
+    def empty(self, elements: int) -> torch.Tensor:
+        return torch.full((elements,), float("nan"))
 
     def take_seat(self, inventory: Callable[[], Inventory]) -> Seat:
         group = self._group
@@ -286,7 +360,7 @@ class Rank:
             group.end_view(f"{what} of {self.name} at {phase} of step {step}")
             raise Died if what == "die" else PeerLost(what)
 
-    def stand_up(self, error: str) -> None:
+    def stand_up(self, error: CollectiveError | None) -> None:
         pass
 
     def slow_factor(self, step: int) -> float:
@@ -367,8 +441,8 @@ def group_run(tmp_path: Path) -> Callable[..., Outcome]:
 
 
 @pytest.fixture
-def wires() -> Callable[[int], list[Wire]]:
-    return lambda ranks: Post(ranks).wires
+def groups() -> Callable[[int], list[InMemory]]:
+    return lambda ranks: Post(ranks).groups
 
 
 @pytest.fixture

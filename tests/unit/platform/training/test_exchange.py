@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from everstep.platform.training import exchange
-from everstep.platform.training.exchange import Reduction, buckets_of, gather, share_gradients
+from everstep.platform.training.exchange import GradientPool, Reduction, buckets_of, gather, share_gradients
 from everstep.platform.training.lanes import lanes_of
 from everstep.platform.training.layout import MIN_BLOCK, FlatLayout, Run, merge_runs
 from everstep.platform.training.shard import ShardStore
@@ -49,17 +49,25 @@ def gradients(lanes: int, seed: int) -> list[torch.Tensor]:
     return list(torch.randn(lanes, LAYOUT.total, generator=generator) * 2.0**scale * inside)
 
 
-def reduce_as(rank: int, owned: list[tuple[Run, ...]], zero: int, wire, lanes: list[torch.Tensor]) -> ShardStore:
+def reduce_as(
+    rank: int,
+    owned: list[tuple[Run, ...]],
+    zero: int,
+    group,
+    lanes: list[torch.Tensor],
+    pool: GradientPool | None = None,
+) -> ShardStore:
     waves = zero >= 2
+    pool = pool or GradientPool(torch.empty)
     buckets = buckets_of(LAYOUT)
-    reduction = Reduction(LAYOUT, buckets, owned, len(lanes), waves, wire, 30.0)
+    reduction = Reduction(buckets, owned, len(lanes), waves, group, 30.0, pool)
     for lane in lanes_of(rank, len(owned), len(lanes), waves):
         for bucket in reversed(buckets):  # as backward fills them
-            reduction.add(bucket, lane, lanes[lane][bucket.start : bucket.stop].clone())
+            reduction.add(bucket, lane, pool.take(bucket).copy_(lanes[lane][bucket.start : bucket.stop]))
     store = ShardStore([(0, LAYOUT.total)] if zero == 0 else owned[rank])
     reduction.finish(store)
     if zero == 0:
-        share_gradients(store, owned, wire, 30.0)
+        share_gradients(store, owned, group, 30.0)
     return store
 
 
@@ -77,13 +85,13 @@ def test_one_rank_gives_the_sum_of_the_lane_tree() -> None:
 
 @pytest.mark.parametrize("zero", [0, 1, 2])
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-def test_any_number_of_ranks_gives_the_bits_of_one(zero: int, ranks: int, wires, threads) -> None:
+def test_any_number_of_ranks_gives_the_bits_of_one(zero: int, ranks: int, groups, threads) -> None:
     rng = random.Random(f"{zero} {ranks}")
     for lanes_count in range(ranks, 9):
         lanes = gradients(lanes_count, lanes_count)
         expected = alone(lanes)
         owned = dealt(ranks, rng)
-        group = wires(ranks)
+        group = groups(ranks)
 
         def work(rank: int, owned=owned, group=group, lanes=lanes) -> ShardStore:
             return reduce_as(rank, owned, zero, group[rank] if ranks > 1 else None, lanes)
@@ -96,16 +104,17 @@ def test_any_number_of_ranks_gives_the_bits_of_one(zero: int, ranks: int, wires,
                 assert store.view(start, stop).numpy().tobytes() == expected[start:stop].numpy().tobytes()
 
 
-def test_steps_follow_each_other_on_one_wire(wires, threads) -> None:
-    """Tags are used again; memory may be, as soon as a step is over."""
+def test_steps_follow_each_other_in_one_group(groups, threads) -> None:
+    """Tags are used again; so is memory, a gradient's as soon as it has arrived, the rest when a step is over."""
     owned = dealt(3, random.Random(4))
     steps = [gradients(6, seed) for seed in range(4)]
-    group = wires(3)
+    group = groups(3)
 
     def work(rank: int) -> list[bytes]:
         found = []
-        for lanes in steps:
-            store = reduce_as(rank, owned, 2, group[rank], lanes)
+        pool = GradientPool(torch.empty)
+        for number, lanes in enumerate(steps):
+            store = reduce_as(rank, owned, number % 2 + 1, group[rank], lanes, pool)
             found.append(b"".join(store.view(a, b).numpy().tobytes() for a, b in owned[rank]))
             state = SimpleNamespace(master=store, compute=torch.full((LAYOUT.total,), -1.0))
             gather(state, owned, group[rank], 30.0)  # nobody begins the next step before all have this one
@@ -122,10 +131,10 @@ def test_steps_follow_each_other_on_one_wire(wires, threads) -> None:
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_gather_makes_every_ranks_parameters_whole(ranks: int, wires, threads) -> None:
+def test_gather_makes_every_ranks_parameters_whole(ranks: int, groups, threads) -> None:
     owned = dealt(ranks, random.Random(ranks))
     values = torch.randn(LAYOUT.total, generator=torch.Generator().manual_seed(1))
-    group = wires(ranks)
+    group = groups(ranks)
 
     def work(rank: int) -> torch.Tensor:
         master = ShardStore(owned[rank])
@@ -139,28 +148,29 @@ def test_gather_makes_every_ranks_parameters_whole(ranks: int, wires, threads) -
         assert torch.equal(compute, values)
 
 
-def test_zero_2_ships_a_lane_when_its_bucket_is_full_and_keeps_only_its_own_part(wires) -> None:
-    group = wires(2)
+def test_zero_2_ships_a_lane_when_its_bucket_is_full_and_keeps_only_its_own_part(groups) -> None:
+    group = groups(2)
     owned = [((0, LAYOUT.total),), ()]
     buckets = buckets_of(LAYOUT)
-    reduction = Reduction(LAYOUT, buckets, owned, 4, True, group[1], 30.0)
+    reduction = Reduction(buckets, owned, 4, True, group[1], 30.0, GradientPool(torch.empty))
     reduction.add(buckets[-1], 1, torch.ones(buckets[-1].stop - buckets[-1].start))
-    ((source, target, _),) = group[1].post.frames
-    assert (source, target) == (1, 0)
+    assert group[1].post.sent == [(1, 0, 1)]
 
 
-def test_zero_1_sums_a_ranks_own_lanes_before_it_sends(wires) -> None:
-    """Lanes 2, 3 of 4 leave as one subtree; with 3 lanes, rank 1's lanes 1, 2 are no subtree and leave as two."""
-    for lanes_count, frames in [(4, 1), (3, 2)]:
-        group = wires(2)
+def test_zero_1_sums_a_ranks_own_lanes_before_it_sends(groups) -> None:
+    """Lanes 2, 3 of 4 leave as one subtree; with 3 lanes, rank 1's lanes 1, 2 are no subtree and leave as two, in
+    one move."""
+    for lanes_count, nodes in [(4, 1), (3, 2)]:
+        group = groups(2)
         buckets = buckets_of(LAYOUT)[:1]
         owned = [((0, LAYOUT.total),), ()]
-        reduction = Reduction(LAYOUT, buckets, owned, lanes_count, False, group[1], 30.0)
+        Reduction(buckets, owned, lanes_count, False, group[0], 30.0, GradientPool(torch.empty))  # receives
+        reduction = Reduction(buckets, owned, lanes_count, False, group[1], 30.0, GradientPool(torch.empty))
         for lane in lanes_of(1, 2, lanes_count, waves=False):
             reduction.add(buckets[0], lane, torch.ones(buckets[0].stop))
-        assert not group[1].post.frames
+        assert not group[1].post.sent
         reduction.finish(ShardStore(()))
-        assert len(group[1].post.frames) == frames
+        assert group[1].post.sent == [(1, 0, nodes)]
 
 
 def test_buckets_cover_the_flat_space_once_and_are_cut_at_tensors() -> None:
@@ -172,3 +182,26 @@ def test_buckets_cover_the_flat_space_once_and_are_cut_at_tensors() -> None:
     for bucket in buckets:
         assert all(bucket.start <= LAYOUT.tensors[i].start < bucket.stop for i in bucket.params)
     assert buckets_of(FlatLayout.of([])) == []
+
+
+def test_a_gradients_memory_is_used_again_when_it_has_arrived_and_not_before(groups) -> None:
+    group = groups(2)
+    owned = [((0, LAYOUT.total),), ()]
+    bucket = buckets_of(LAYOUT)[0]
+    pool = GradientPool(torch.empty)
+    receiver = Reduction([bucket], owned, 4, True, group[0], 30.0, pool)
+    sender = Reduction([bucket], owned, 4, True, group[1], 30.0, pool)
+    first, second = pool.take(bucket).fill_(1.0), pool.take(bucket).fill_(2.0)
+    group[1].post.hold = True
+    sender.add(bucket, 1, first)
+    sender.add(bucket, 3, second)
+    assert pool.take(bucket).data_ptr() not in {first.data_ptr(), second.data_ptr()}
+    group[1].post.hold = False
+    receiver.add(bucket, 0, torch.zeros(bucket.stop - bucket.start))
+    receiver.add(bucket, 2, torch.zeros(bucket.stop - bucket.start))
+    store = ShardStore(((bucket.start, bucket.stop),))
+    receiver.finish(store)
+    assert torch.equal(store.data, torch.full_like(store.data, 3.0))
+    sender.finish(ShardStore(()))
+    again = {pool.take(bucket).data_ptr() for _ in range(4)}
+    assert {first.data_ptr(), second.data_ptr()} <= again

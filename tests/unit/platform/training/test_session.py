@@ -13,6 +13,7 @@ from torch import nn, optim
 from torch.utils.checkpoint import checkpoint
 
 import everstep as es
+from everstep.collectives.errors import CollectiveError
 from everstep.platform.training.conductor import RunOver, ViewOver
 from everstep.platform.training.layout import MIN_BLOCK
 from everstep.platform.training.session import Session, Settings
@@ -177,8 +178,8 @@ class Staged(Solo):
     def over(self) -> bool:
         return self.is_over
 
-    def stand_up(self, error: str) -> None:
-        self.stood.append(error)
+    def stand_up(self, error: CollectiveError | None) -> None:
+        self.stood.append(str(error or ""))
 
 
 def _at(plan: Any, step: int) -> Any:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from everstep.actors.liveness import Judge
+from everstep.collectives.liveness import Judge
 
 pytestmark = pytest.mark.usefixtures("leaves_nothing_behind")
 WAIT_S = 10.0
