@@ -79,16 +79,14 @@ class Ledger:
             fault_at = self._fault_at if self._fault_at is not None else now - lost.detected_ms / 1000
             self._incident = _Incident(now, min(fault_at, now), step_before=self.step)
         self._incident.names.append(lost.name)
-        self._incident.causes.append(self._explained.get(lost.name, lost.cause))
+        seen = "exited" if _is_unexplained(lost.cause) else lost.cause
+        self._incident.causes.append(self._explained.get(lost.name, seen))
         self._incident.ranks.append(lost.rank)
         self._fault_at = None
 
     def explain(self, name: str, cause: str) -> None:
-        """How a process ended, from whoever reaped it; a judge that only saw it go knows less.
-
-        Ray reaps for its actors and does not tell the status ("died: …"): that explains nothing.
-        """
-        if cause.startswith("died"):
+        """How a process ended, from whoever reaped it; a judge that only saw it go knows less."""
+        if _is_unexplained(cause):
             return
         self._explained[name] = cause
         if self._incident is not None and name in self._incident.names:
@@ -178,3 +176,9 @@ class Ledger:
 
     def wall_s(self, now: float) -> float:
         return now - self._began
+
+
+def _is_unexplained(cause: str) -> bool:
+    """Ray reaps for its actors and does not tell the status ("died: …"): that says no more than a judge's "exited",
+    whichever of the two is heard first."""
+    return cause.startswith("died")

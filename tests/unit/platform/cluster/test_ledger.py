@@ -127,6 +127,18 @@ def test_who_reaped_a_process_knows_better_than_who_saw_it_go(before: bool) -> N
     assert ledger.recoveries[0].cause == "signal 9"
 
 
+@pytest.mark.parametrize("first", ["exited", "died: Ray knows no status"])
+def test_a_reaper_that_knows_no_status_says_what_a_judge_does(first: str) -> None:
+    """Either may be heard first."""
+    ledger = Ledger(0, 0.0)
+    ledger.acts(0, 2, 1.0)
+    ledger.lost(gone(cause=first), 1.5)
+    ledger.explain("rank-1.1", "died: Ray knows no status")
+    ledger.acts(0, 1, 2.0)
+    ledger.committed(1, commit(), [], 2.5)
+    assert ledger.recoveries[0].cause == "exited"
+
+
 def test_a_frozen_rank_was_not_lost_by_the_kill_that_fenced_it() -> None:
     ledger = Ledger(0, 0.0)
     ledger.acts(0, 2, 1.0)
