@@ -7,7 +7,6 @@ every fragment that it gets whole against its checksum.
 
 from __future__ import annotations
 
-import contextlib
 import socket
 import struct
 import threading
@@ -18,6 +17,7 @@ import xxhash
 
 from everstep.collectives.errors import HandshakeRefused
 from everstep.collectives.handshake import NONCE_BYTES, PROOF_BYTES, new_nonce, proof, proof_matches
+from everstep.collectives.transport.sockets import hang_up
 from everstep.storage.errors import SegmentDamaged, StorageError
 from everstep.storage.planner import Copy
 from everstep.storage.segment import SegmentMap, payload, read_seal
@@ -46,8 +46,7 @@ class FetchServer:
         self._thread.start()
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
+        hang_up(self._socket)
         self._socket.close()
         self._thread.join(2)
 

@@ -18,6 +18,7 @@ import ray
 
 from everstep.actors.host import run_entry
 from everstep.actors.run_folder import RunFolder, start_time
+from everstep.collectives.addresses import boot_id
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,7 @@ class Home:
 
 def machine_id() -> str:
     """Equal for processes that see each other's pids: the boot, and the pid namespace in it (containers)."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{boot}/{os.readlink('/proc/self/ns/pid')}"
+    return f"{boot_id()}/{os.readlink('/proc/self/ns/pid')}"
 
 
 class Shell:

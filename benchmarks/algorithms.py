@@ -12,7 +12,6 @@ that much to send and as much to receive (needs root, ip and tc): what a network
 from __future__ import annotations
 
 import argparse
-import ctypes
 import multiprocessing
 import os
 import statistics
@@ -23,6 +22,7 @@ from contextlib import contextmanager
 from multiprocessing.queues import Queue
 
 import torch
+from parts.namespaces import enter
 
 from everstep.collectives.algorithms.by_host import HostReduce
 from everstep.collectives.algorithms.direct import DirectReduce
@@ -30,6 +30,7 @@ from everstep.collectives.algorithms.halving import HalvingReduce
 from everstep.collectives.algorithms.moves import Moves
 from everstep.collectives.algorithms.ring import RingReduce
 from everstep.collectives.algorithms.spread import Spread
+from everstep.collectives.members import Members
 from everstep.collectives.mesh import Mesh
 from everstep.collectives.messages import Member, View, ViewId
 from everstep.collectives.operations import Operation
@@ -49,7 +50,7 @@ def makers(n: int, hosts: int):
         reduces["by host"] = lambda flow, tensor: HostReduce(flow, "sum", tensor, groups)
     broadcasts = {
         "moves": lambda flow, tensor: Moves(
-            flow, [(flow.peers, tensor)] if flow.me == 0 else [], {} if flow.me == 0 else {0: tensor}
+            flow, [(flow.peers, (tensor,))] if flow.me == 0 else [], {} if flow.me == 0 else {0: (tensor,)}
         ),
         "spread": lambda flow, tensor: Spread(flow, tensor, 0),
     }
@@ -86,16 +87,10 @@ def network(hosts: int, mbit: int) -> Iterator[list[str]]:
             subprocess.run(["ip", "netns", "del", name], check=False)
 
 
-def enter(namespace: str) -> None:
-    with open(f"/run/netns/{namespace}") as file:
-        if ctypes.CDLL(None, use_errno=True).setns(file.fileno(), 0x40000000):
-            raise OSError(ctypes.get_errno(), "setns")
-
-
 def member(rank: int, n: int, hosts: int, namespace: str, mine: Queue, out: Queue) -> None:
     torch.set_num_threads(1)
     if namespace:
-        enter(namespace)
+        enter(f"/run/netns/{namespace}")
     listener = Listener(f"10.77.0.{int(namespace.split('-')[1]) + 1}" if namespace else "127.0.0.1", "token")
     out.put((rank, listener.address, listener.local))
     name = "host{}/".format
@@ -111,6 +106,7 @@ def member(rank: int, n: int, hosts: int, namespace: str, mine: Queue, out: Queu
         listener.local = view.members[rank].local
     mesh = Mesh(view, rank, listener, lambda *lost: print("lost", lost), 60.0)
     mesh.connect(30.0)
+    everybody = Members(mesh)
     for kind, made in makers(n, hosts).items():
         for size in SIZES:
             if is_left_out(kind, n, size):
@@ -119,14 +115,14 @@ def member(rank: int, n: int, hosts: int, namespace: str, mine: Queue, out: Queu
             times = {algorithm: [] for algorithm in made}
             for i in range(max(5, min(60, (256 << 20) // size // n)) + 2):
                 for algorithm, make in made.items():
-                    mesh.submit(Operation("barrier", (), 0, lambda flow: Moves(flow, [], {}), eager=True)).wait()
+                    everybody.barrier().wait()
                     began = time.perf_counter()
                     work = Operation(kind, (algorithm,), 0, lambda flow, m=make, t=tensor: m(flow, t), (tensor,))
                     mesh.submit(work).wait()
                     if i >= 2:
                         times[algorithm].append(time.perf_counter() - began)
             out.put((rank, kind, size, {a: statistics.median(t) for a, t in times.items()}))
-    mesh.submit(Operation("barrier", (), 0, lambda flow: Moves(flow, [], {}), eager=True)).wait()
+    everybody.barrier().wait()
     mesh.close()
     listener.close()
 

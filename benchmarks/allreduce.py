@@ -31,7 +31,6 @@ from everstep.collectives import Coordinator
 
 _SIZES = "1K,1M,16M,64M,256M"
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-_ALL = "auto,registered,tcp"
 _SMALL = 1 << 16  # below, latency is what counts
 _BURST = 32
 _TRANSPORTS = {"auto": "shared memory", REGISTERED: "registered", "tcp": "TCP"}

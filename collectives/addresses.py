@@ -1,8 +1,9 @@
-"""Which address a peer can reach this machine at."""
+"""Which machine this is, and which address a peer can reach it at."""
 
 from __future__ import annotations
 
 import socket
+from pathlib import Path
 
 
 def interface_towards(address: str) -> str:
@@ -12,3 +13,8 @@ def interface_towards(address: str) -> str:
         probe.connect((host, int(port)))
         found: str = probe.getsockname()[0]
     return found
+
+
+def boot_id() -> str:
+    """Of this boot of this machine: the same in all its containers."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

@@ -68,20 +68,20 @@ def check_op(kind: str, op: str, tensor: torch.Tensor) -> None:
 
 
 def check_rank(kind: str, argument: str, rank: int, size: int) -> None:
-    if not _is_integer(rank):
+    if not is_integer(rank):
         raise TypeError(f"{kind}: {argument} is {rank!r}; a rank, 0 to {size - 1}, is needed")
     if not 0 <= rank < size:
         raise ValueError(f"{kind}: {argument} is {rank}; ranks are 0 to {size - 1}")
 
 
 def check_tag(kind: str, tag: int) -> None:
-    if not _is_integer(tag):
+    if not is_integer(tag):
         raise TypeError(f"{kind}: tag is {tag!r}; an integer is needed")
     if not -(1 << 63) <= tag < 1 << 63:
         raise ValueError(f"{kind}: tag is {tag}; it must fit in 64 bits, signed")
 
 
-def _is_integer(value: object) -> bool:
+def is_integer(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 

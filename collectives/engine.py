@@ -14,7 +14,8 @@ import torch
 from everstep.collectives.errors import CollectiveError, Mismatch
 from everstep.collectives.flow import Flow, Key, OpId
 from everstep.collectives.messages import View
-from everstep.collectives.outbox import OTHER_ROLE, Outbox, bytes_of
+from everstep.collectives.outbox import OTHER_ROLE, Outbox
+from everstep.collectives.tensors import bytes_of
 from everstep.collectives.transport import frames
 from everstep.collectives.transport.arena import SLOTS, Arena
 from everstep.collectives.transport.frames import Header, ProtocolError

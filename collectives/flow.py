@@ -114,9 +114,6 @@ class Flow:
         yield from self.need(keys)
         self.in_turn = False
 
-    def is_near_pair(self) -> bool:
-        return self.size == 2 and self._outbox.is_near(self.ranks[self.peers[0]])
-
     def hosts(self) -> tuple[str, ...]:
         """Of the operation's members; known from the view, so the same on all of them."""
         return tuple(map(self._outbox.host_of, self.ranks))

@@ -11,7 +11,9 @@ import zlib
 from collections.abc import Sequence
 
 from everstep.collectives.algorithms import parts as build
-from everstep.collectives.algorithms.parts import Parts, are_small
+from everstep.collectives.algorithms.moves import Parts
+from everstep.collectives.algorithms.parts import are_small
+from everstep.collectives.arguments import name_of
 from everstep.collectives.mesh import Mesh
 from everstep.collectives.operations import Collectives, Operation
 from everstep.collectives.transport.frames import RECEIVER, SENDER
@@ -64,5 +66,5 @@ class Members(Collectives):
 def _match(parts: Sequence[Parts]) -> tuple[str, int, int]:
     """Says who brings how much; the sizes of thousands of parts would not fit into an OPEN."""
     sizes = [[part.numel() for part in theirs] for theirs in parts]
-    dtypes = {str(part.dtype).removeprefix("torch.") for theirs in parts for part in theirs}
+    dtypes = {name_of(part.dtype) for theirs in parts for part in theirs}
     return "|".join(sorted(dtypes)), sum(map(sum, sizes)), zlib.crc32(repr(sizes).encode())

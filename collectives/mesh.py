@@ -26,6 +26,7 @@ from everstep.collectives.transport.frames import ProtocolError
 from everstep.collectives.transport.greeting import Hello
 from everstep.collectives.transport.links import TCP_CONNECTIONS, Link, dial, shares_memory, tune
 from everstep.collectives.transport.listener import Listener
+from everstep.collectives.transport.sockets import hang_up
 from everstep.collectives.work import Work
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ class Mesh:
         self._thread: threading.Thread | None = None
         self._asleep = False
         self._helped = 0.0  # when the mesh's thread was last called
+        self._looked = 0.0  # when the paths were looked at
         self._poll = select.poll()
         self._polls: dict[int, select.poll] = {}  # for one peer each
         self._by_fd: dict[int, Channel] = {}
@@ -141,7 +143,7 @@ class Mesh:
         with self._changed:
             stranger = peer == self.rank or not 0 <= peer < self.size or not 0 <= lane < TCP_CONNECTIONS
             links = self._engine.outbox.links
-            link = links.get(peer) or Link(peer, self.size)
+            link = links.get(peer) or Link(peer)
             if self._error is not None or stranger or link.complete() or link.has(lane):
                 connection.close()
                 return
@@ -154,6 +156,8 @@ class Mesh:
                 self._polls[peer].register(connection, select.POLLIN)
                 self._polls[peer].register(self._wake_r, select.POLLIN)
             self._by_fd[connection.fileno()] = channel
+            if channel.tcp:
+                self._start_own()
             self._poll.register(connection, select.POLLIN)
             self._changed.notify_all()
 
@@ -216,7 +220,6 @@ class Mesh:
 
     def _lead(self, until: Callable[[], bool], deadline: float, own: bool) -> None:
         """Moves everything on until `until` (called under the lock) or the deadline. The caller set `_leading`."""
-        looked = time.monotonic()
         events: list[tuple[int, int]] = []
         try:
             while True:
@@ -225,9 +228,7 @@ class Mesh:
                         self._handle(events)
                     now = time.monotonic()
                     poll = self._poll_for()
-                    if now - looked > _LOOK_S:
-                        looked = now
-                        self._look(now)
+                    if self._look(now):
                         poll = self._poll
                     if until() or now >= deadline:
                         return
@@ -304,36 +305,56 @@ class Mesh:
         channel.close()
         self._engine.outbox.hung_up(channel.peer, str(error) or type(error).__name__)
 
-    def _look(self, now: float) -> None:
+    def _look(self, now: float) -> bool:
+        """True where it was time to look at the paths."""
+        if now - self._looked < _LOOK_S:
+            return False
+        self._looked = now
         for channel in list(self._by_fd.values()):
             if self._error is not None:  # a path before was cut, so all are closed
-                return
+                break
             silent_s = channel.unacknowledged_s(now)
             if silent_s > CUT_S:
                 self._break(channel.peer, f"no acknowledgement for {silent_s:.1f} s: the path is cut")
+        return True
 
     def _help(self) -> None:
         """Has the mesh's own thread lead while nobody waits. Waking it at once would cost those who wait."""
         self._helped = time.monotonic()
-        if self._thread is None and self.size > 1:
-            self._thread = threading.Thread(target=self._run, name=f"mesh-{self.rank}", daemon=True)
-            self._thread.start()
+        self._start_own()
         if self._asleep:
             self._asleep = False
             self._idle.notify()
 
+    def _start_own(self) -> None:
+        if self._thread is None and self.size > 1:
+            self._thread = threading.Thread(target=self._run, name=f"mesh-{self.rank}", daemon=True)
+            self._thread.start()
+
     def _run(self) -> None:
         while True:
             with self._lock:
-                while not self._closed and (self._leading or self._waiters or not self._work_for_own()):
-                    self._asleep = time.monotonic() - self._helped > _DOZE_S
-                    self._idle.wait(None if self._asleep else _NAP_S)
                 if self._closed:
                     return
-                self._leading = self._own_leads = True
-            self._lead(
-                lambda: bool(self._waiters) or self._closed or not self._work_for_own(), float("inf"), own=True
-            )
+                self._look(time.monotonic())
+                due = not self._leading and not self._waiters and self._work_for_own()
+                if due:
+                    self._leading = self._own_leads = True
+                elif self._lost is None:
+                    self._asleep = time.monotonic() - self._helped > _DOZE_S
+                    self._idle.wait(self._nap_s())
+            self._tell()
+            if due:
+                self._lead(
+                    lambda: bool(self._waiters) or self._closed or not self._work_for_own(), float("inf"), own=True
+                )
+
+    def _nap_s(self) -> float | None:
+        """What the kernel took may be under way when its operations are long done here, and others wait for it: so
+        paths are looked at for as long as there are any."""
+        if not self._asleep:
+            return _NAP_S
+        return _LOOK_S if any(channel.tcp for channel in self._by_fd.values()) else None
 
     def _work_for_own(self) -> bool:
         return self._error is None and (bool(self._writing) or self._engine.busy())
@@ -380,10 +401,7 @@ class Mesh:
         self._polls.clear()
         self._writing.clear()
         if self._dialing is not None:
-            try:
-                self._dialing.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass
+            hang_up(self._dialing)
         self._changed.notify_all()
         self._kick()
 

@@ -6,6 +6,7 @@ any shape, contiguous or not; what is not contiguous is copied once each way.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -101,7 +102,7 @@ class Operation:
             tensor.copy_(copy.view(tensor.shape))
 
 
-class Collectives:
+class Collectives(ABC):
     """What Group, Transaction and Subgroup have in common. Every method returns at once; see Work.wait.
 
     Operations with one `tag` are matched in the order in which each member begins them; operations with different
@@ -113,16 +114,16 @@ class Collectives:
     deterministic = True  # for operations that do not say it themselves
 
     @property
+    @abstractmethod
     def rank(self) -> int:
         """This member's position, 0 to size-1."""
-        raise NotImplementedError
 
     @property
-    def size(self) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def size(self) -> int: ...
 
-    def _submit(self, operation: Operation) -> Work:
-        raise NotImplementedError
+    @abstractmethod
+    def _submit(self, operation: Operation) -> Work: ...
 
     def _view_in_use(self) -> object:
         """What ranks are of; None where that cannot change."""

@@ -7,12 +7,12 @@ the view.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 
 from everstep.collectives.flow import Flow, Slot
 from everstep.collectives.messages import View
+from everstep.collectives.tensors import bytes_of
 from everstep.collectives.transport import frames
 from everstep.collectives.transport.arena import SLOTS, Arena
 from everstep.collectives.transport.channel import Channel
@@ -40,8 +40,7 @@ class Outbox:
         self._arena = arena
         self._sent = sent
         self._unsent = 0  # pieces of any operation
-        self._taken: set[int] = set()  # slots of the arena that this view has lent
-        self._lent: dict[int, set[int]] = {}  # and who still reads them, by mesh rank
+        self._lent: dict[int, set[int]] = {}  # slots that this view has taken, and the ranks that still read each
 
     def hung_up(self, peer: int, error: str) -> None:
         """Its connections are closed; what it has sent before still counts."""
@@ -53,31 +52,29 @@ class Outbox:
 
     def close(self) -> None:
         self.dirty.clear()
-        self._arena.reclaim(self._taken)
+        self._arena.give(self._lent)
+        self._lent.clear()
 
     # ---- pieces -----------------------------------------------------------------------------------------
 
     def post(self, flow: Flow, peers: Sequence[int], key: int, data: torch.Tensor) -> None:
         raw = data if data.dtype == torch.uint8 else data.view(torch.uint8)
         ranks = [flow.ranks[peer] for peer in peers]
-        near = [rank for rank in ranks if self.links[rank].window is not None]
+        near = [rank for rank in ranks if self.is_near(rank)]
         offset = self._arena.offset_of(raw) if near else None
         if offset is not None:
             header = self.header(flow, frames.SPAN, key, raw.numel(), offset >> 32, offset & 0xFFFFFFFF)
             flow.unread.update((rank, key) for rank in near)
             for rank in near:
                 self.send(rank, header)
-            ranks = [rank for rank in ranks if self.links[rank].window is None]
-            near = []
-        slot = self.reserve(near) if near else None
-        if slot is not None:
+        elif near and (slot := self.reserve(near)) is not None:
             slot.memory[: raw.numel()].copy_(raw)
             self.post_slot(flow, slot, near, key, raw.numel())
-            ranks = [rank for rank in ranks if self.links[rank].window is None]
-        if ranks:
-            header = self.header(flow, frames.PIECE, key, raw.numel())
-            payload = bytes_of(raw)
-            for rank in ranks:
+        else:
+            near = []  # all of it through the connections
+        if far := [rank for rank in ranks if rank not in near]:
+            header, payload = self.header(flow, frames.PIECE, key, raw.numel()), bytes_of(raw)
+            for rank in far:
                 flow.unsent += 1
                 self._unsent += 1
                 self.send(rank, header, payload, flow)
@@ -86,16 +83,15 @@ class Outbox:
         return self._arena.offset_of(data) is not None
 
     def reserve(self, ranks: Sequence[int]) -> Slot | None:
-        if any(self.links[rank].window is None for rank in ranks):
+        if not all(map(self.is_near, ranks)):
             return None
         number = self._arena.take()
         if number is None:
             return None
-        self._taken.add(number)
+        self._lent[number] = set()
         return Slot(number, self._arena.bytes_of(number))
 
     def post_slot(self, flow: Flow, slot: Slot, ranks: Sequence[int], key: int, length: int) -> None:
-        self._arena.lend(slot.number, len(ranks))
         self._lent[slot.number] = set(ranks)
         generation = self._arena.generation(slot.number)
         header = self.header(flow, frames.SLOT, key, length, slot.number, generation)
@@ -115,7 +111,7 @@ class Outbox:
 
     def has_room(self, peers: Sequence[int]) -> bool:
         """Whether the next piece would go through shared memory where it can."""
-        return self._arena.free > 0 or all(self.links[p].window is None for p in peers)
+        return self._arena.free > 0 or not any(map(self.is_near, peers))
 
     def header(self, flow: Flow, kind: int, key: int, length: int, slot: int = 0, generation: int = 0) -> Header:
         id = flow.id
@@ -132,53 +128,43 @@ class Outbox:
 
         if rank in self.gone:
             raise ProtocolError(self.gone[rank], rank)
+        self._write(rank, lambda link: link.send(header, payload, sent))
+
+    def _write(self, rank: int, write: Callable[[Link], Channel | None]) -> Channel | None:
+        """The channel that has taken it and has something left to write, if there is one."""
         try:
-            channel = self.links[rank].send(header, payload, sent)
+            channel = write(self.links[rank])
         except OSError as error:
             self.hung_up(rank, str(error) or type(error).__name__)
-            return
-        if channel.pending:
-            self.dirty.add(channel)
+            return None
+        if channel is None or not channel.pending:
+            return None
+        self.dirty.add(channel)
+        return channel
 
     # ---- word of what was read --------------------------------------------------------------------------
 
     def released(self, peer: int, slot: int, generation: int) -> None:
         """A member has read a slot. Raises ProtocolError."""
         readers = self._lent.get(slot, set())
-        if peer not in readers:
-            raise ProtocolError(f"release of slot {slot}, which is not lent to it")
+        if peer not in readers or self._arena.generation(slot) != generation:
+            raise ProtocolError(f"release of slot {slot} generation {generation}, which is not lent to it")
         readers.discard(peer)
-        if self._arena.released(slot, generation):
-            self._taken.discard(slot)
+        if not readers:
+            del self._lent[slot]
+            self._arena.give((slot,))
 
     def give_back(self, peer: int, header: Header) -> None:
         if peer in self.gone:
             return
         kind = frames.RELEASE if header.kind == frames.SLOT else frames.READ
         answer = header._replace(kind=kind, role=OTHER_ROLE[header.role], length=0)
-        try:
-            channel = self.links[peer].release(answer)
-        except OSError as error:
-            self.hung_up(peer, str(error) or type(error).__name__)
-            return
-        if channel is not None and channel.pending:
-            self.dirty.add(channel)
-            if channel.queued > _MAX_UNREAD and not self._unsent:
-                raise ProtocolError("it goes on sending, and reads nothing", peer)
+        channel = self._write(peer, lambda link: link.release(answer))
+        if channel is not None and channel.queued > _MAX_UNREAD and not self._unsent:
+            raise ProtocolError("it goes on sending, and reads nothing", peer)
 
     def tell_reads(self, flow: Flow) -> None:
         """The owners of registered tensors wait for their readers' last word, which must not wait for more to say."""
         for rank in (flow.ranks[peer] for peer in flow.peers):
             if self.links[rank].owes_reads and rank not in self.gone:
-                try:
-                    channel = self.links[rank].flush_releases()
-                except OSError as error:
-                    self.hung_up(rank, str(error) or type(error).__name__)
-                    continue
-                if channel.pending:
-                    self.dirty.add(channel)
-
-
-def bytes_of(tensor: torch.Tensor) -> memoryview:
-    array: Any = tensor.view(torch.uint8).numpy()
-    return memoryview(array)
+                self._write(rank, Link.flush_releases)

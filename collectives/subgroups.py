@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from everstep.collectives.arguments import is_integer
 from everstep.collectives.errors import PeerLost
 from everstep.collectives.operations import Collectives, Operation
 from everstep.collectives.work import Work
@@ -69,7 +70,7 @@ class Grid:
 def grid_of(parent: Collectives, data: int, tensor: int, pipeline: int) -> Grid:
     axes = {"pipeline": pipeline, "data": data, "tensor": tensor}  # the slowest first
     for name, length in axes.items():
-        if isinstance(length, bool) or not isinstance(length, int):
+        if not is_integer(length):
             raise TypeError(f"grid: {name} is {length!r}; a number of members is needed")
         if length < 1:
             raise ValueError(f"grid: {name} is {length}; it must be at least 1")
@@ -93,7 +94,7 @@ def scope_of(ranks: Sequence[int], name: str = "", outer: int = 0) -> int:
 
 def _checked(ranks: Sequence[int], parent: Collectives) -> tuple[int, ...]:
     ranks = tuple(ranks)
-    if any(isinstance(rank, bool) or not isinstance(rank, int) for rank in ranks):
+    if not all(map(is_integer, ranks)):
         raise TypeError(f"subgroup: ranks are {list(ranks)}; integers are needed")
     if len(set(ranks)) != len(ranks) or any(not 0 <= rank < parent.size for rank in ranks):
         raise ValueError(f"subgroup: ranks are {list(ranks)}; different ones of 0 to {parent.size - 1} are allowed")

@@ -22,8 +22,10 @@ from pathlib import Path
 import msgspec
 
 import everstep
+from everstep.collectives.addresses import boot_id
 from everstep.collectives.errors import CoordinatorLost, HandshakeRefused
 from everstep.collectives.handshake import PROTOCOL_VERSION, new_nonce, proof, proof_matches
+from everstep.collectives.transport.sockets import hang_up
 from everstep.collectives.watcher import Challenge, Register, Registered, WatcherConfig
 
 log = logging.getLogger(__name__)
@@ -43,9 +45,8 @@ main(int(sys.argv[2]))
 
 def domain_of_this_host() -> str:
     """What one watcher can see: this boot of this machine, in these namespaces."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     spaces = [os.readlink(f"/proc/self/ns/{kind}") for kind in ("net", "pid")]
-    return f"{socket.gethostname()}-{hashlib.sha256('|'.join((boot, *spaces)).encode()).hexdigest()[:12]}"
+    return f"{socket.gethostname()}-{hashlib.sha256('|'.join((boot_id(), *spaces)).encode()).hexdigest()[:12]}"
 
 
 class Watch:
@@ -67,7 +68,7 @@ class Watch:
     def close(self) -> None:
         with self._lock:
             self._closed = True
-            _hang_up(self._socket)
+            hang_up(self._socket)
         self._thread.join()
         self._socket.close()
 
@@ -159,10 +160,3 @@ def _receive(connection: socket.socket) -> bytes:
     if not data:
         raise ConnectionError("the watcher ended")
     return data
-
-
-def _hang_up(connection: socket.socket) -> None:
-    try:
-        connection.shutdown(socket.SHUT_RDWR)
-    except OSError:
-        pass

@@ -1,5 +1,8 @@
 """What every test obeys: one that starts processes leaves nothing behind.
 
+Also makes the modules of tests/integration importable as `integration.<module>`, and those of benchmarks/parts, whose
+churn is that of the tests too, as `parts.<module>`.
+
 Tests below tests/integration, tests/chaos and tests/contract are checked after each one, any other test that
 asks for the fixture `leaves_nothing_behind` as well. What is there before a test (a module's shared Ray) is
 not its leak.
@@ -9,6 +12,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +22,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+_TESTS = Path(__file__).resolve().parent
+sys.path += [str(_TESTS), str(_TESTS.parent / "benchmarks")]
 _CHECKED = {"integration", "chaos", "contract"}
 # All of ours is collected within 15 s, even after a SIGKILL of the driver; 5 s more for a loaded machine.
 _PATIENCE_S = 20.0

@@ -5,7 +5,6 @@ by everybody, and a sum over no membership at all is seen. Every outcome is one 
 whole before the next transaction begins: a SIGKILL loses nothing that was over.
 """
 
-import ctypes
 import faulthandler
 import json
 import logging
@@ -20,6 +19,7 @@ from typing import Any
 
 import torch
 import xxhash
+from parts.namespaces import enter
 
 from everstep.collectives import (
     CollectiveError,
@@ -37,7 +37,6 @@ _ADMIT_EVERY = 3  # transactions of a view between two calls of admit()
 _REFORM_S = 0.5  # so that a peer which waits for others sees STOP
 _MAX_ELEMENTS = 1 << 19
 _PERIOD = 251
-_CLONE_NEWNET = 0x40000000
 
 
 class OwnError(Exception):
@@ -70,16 +69,8 @@ def serve(part: Part) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     torch.set_num_threads(1)
     if part.namespace:
-        _enter(part.namespace)
+        enter(part.namespace)
     _Peer(part).run()
-
-
-def _enter(namespace: str) -> None:
-    """Before any thread exists: a namespace is a thread's, and is inherited."""
-    library = ctypes.CDLL(None, use_errno=True)
-    with open(namespace) as file:
-        if library.setns(file.fileno(), _CLONE_NEWNET):
-            raise OSError(ctypes.get_errno(), f"cannot enter {namespace}")
 
 
 def inputs(seed: int, txn: int, name: str) -> list[torch.Tensor]:

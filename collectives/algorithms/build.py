@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 
@@ -17,6 +16,7 @@ from everstep.collectives.algorithms.reduction import HALVES, Reducer
 from everstep.collectives.algorithms.ring import RingReduce
 from everstep.collectives.algorithms.spread import Spread
 from everstep.collectives.flow import Algorithm, Flow
+from everstep.collectives.tensors import bytes_of
 from everstep.collectives.transport.frames import EAGER_BYTES
 
 Build = Callable[[Flow], Algorithm]
@@ -35,7 +35,7 @@ def all_reduce(op: str, flat: torch.Tensor, deterministic: bool) -> Build:
             parts = [flat if rank == flow.me else _typed(data[rank], flat.dtype) for rank in range(flow.size)]
             Reducer(op, flow.size, flat.dtype).into(flat, parts, flow.me)
 
-        return Eager(flow, lambda peer: _bytes(flat), combine, lambda peer: flat.nbytes)
+        return Eager(flow, lambda peer: bytes_of(flat), combine, lambda peer: flat.nbytes)
 
     return build
 
@@ -64,7 +64,7 @@ def reduce_scatter(op: str, flat: torch.Tensor, out: torch.Tensor) -> Build:
             Reducer(op, flow.size, flat.dtype).into(mine, parts, flow.me)
             out.copy_(mine)
 
-        return Eager(flow, lambda peer: _bytes(_part(flat, peer, flow.size)), combine, lambda peer: out.nbytes)
+        return Eager(flow, lambda peer: bytes_of(_part(flat, peer, flow.size)), combine, lambda peer: out.nbytes)
 
     return build
 
@@ -80,9 +80,9 @@ def all_gather(flat: torch.Tensor, out: torch.Tensor) -> Build:
                 part(peer).copy_(_typed(given, flat.dtype))
 
         if is_small(flat):
-            return Eager(flow, lambda peer: _bytes(flat), combine, lambda peer: flat.nbytes)
+            return Eager(flow, lambda peer: bytes_of(flat), combine, lambda peer: flat.nbytes)
         own = (part(flow.me), flat)
-        return Moves(flow, [(flow.peers, flat)], {peer: part(peer) for peer in flow.peers}, own)
+        return Moves(flow, [(flow.peers, (flat,))], {peer: (part(peer),) for peer in flow.peers}, own)
 
     return build
 
@@ -99,10 +99,10 @@ def all_to_all(flat: torch.Tensor, out: torch.Tensor) -> Build:
 
         if is_small(flat):
             size = flat.nbytes // flow.size
-            return Eager(flow, lambda peer: _bytes(part(flat, peer)), combine, lambda peer: size)
-        outgoing = [((peer,), part(flat, peer)) for peer in flow.peers]
+            return Eager(flow, lambda peer: bytes_of(part(flat, peer)), combine, lambda peer: size)
+        outgoing = [((peer,), (part(flat, peer),)) for peer in flow.peers]
         own = (part(out, flow.me), part(flat, flow.me))
-        return Moves(flow, outgoing, {peer: part(out, peer) for peer in flow.peers}, own)
+        return Moves(flow, outgoing, {peer: (part(out, peer),) for peer in flow.peers}, own)
 
     return build
 
@@ -116,11 +116,11 @@ def broadcast(flat: torch.Tensor, root: int) -> Build:
                 flat.copy_(_typed(data[root], flat.dtype))
 
         if is_small(flat):
-            give: Callable[[int], memoryview] = lambda peer: _bytes(flat) if mine else memoryview(b"")  # noqa: E731
+            give: Callable[[int], memoryview] = lambda peer: bytes_of(flat) if mine else memoryview(b"")  # noqa: E731
             return Eager(flow, give, combine, lambda peer: flat.nbytes if peer == root else 0)
         if choose_broadcast(flat.nbytes, flow.hosts()) == "spread":
             return Spread(flow, flat, root)
-        return Moves(flow, [(flow.peers, flat)] if mine else [], {} if mine else {root: flat})
+        return Moves(flow, [(flow.peers, (flat,))] if mine else [], {} if mine else {root: (flat,)})
 
     return build
 
@@ -138,9 +138,9 @@ def pair(flat: torch.Tensor, sending: bool) -> Build:
                 flat.copy_(_typed(data[other], flat.dtype))
 
         if is_small(flat):
-            give: Callable[[int], memoryview] = lambda peer: _bytes(flat) if sending else memoryview(b"")  # noqa: E731
+            give: Callable[[int], memoryview] = lambda peer: bytes_of(flat) if sending else memoryview(b"")  # noqa: E731
             return Eager(flow, give, combine, lambda peer: 0 if sending else flat.nbytes)
-        return Moves(flow, [(flow.peers, flat)] if sending else [], {} if sending else {other: flat})
+        return Moves(flow, [(flow.peers, (flat,))] if sending else [], {} if sending else {other: (flat,)})
 
     return build
 
@@ -148,11 +148,6 @@ def pair(flat: torch.Tensor, sending: bool) -> Build:
 def _part(tensor: torch.Tensor, index: int, count: int) -> torch.Tensor:
     width = tensor.numel() // count
     return tensor[index * width : (index + 1) * width]
-
-
-def _bytes(flat: torch.Tensor) -> memoryview:
-    array: Any = flat.view(torch.uint8).numpy()
-    return memoryview(array) if flat.numel() else memoryview(b"")
 
 
 def _typed(data: memoryview, dtype: torch.dtype) -> torch.Tensor:

@@ -21,7 +21,7 @@ import socket
 import threading
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -40,7 +40,7 @@ _KEEP_SIZE, _PUNCH_HOLE = 0x01, 0x02
 _libc = ctypes.CDLL(None, use_errno=True)
 _F_ADD_SEALS, _F_GET_SEALS = 1033, 1034
 _SEAL_SHRINK = 0x0002
-_SEALS = 0x0002 | 0x0004 | 0x0010  # shrink, grow, future write
+_SEALS = _SEAL_SHRINK | 0x0004 | 0x0010  # shrink, grow, future write
 
 
 def _tensor_over(memory: mmap.mmap) -> torch.Tensor:
@@ -77,7 +77,6 @@ class Arena:
         self._generations = memoryview(self._memory)[: (SLOTS + 1) * 8].cast("Q")
         self._slots = _slots_of(self._bytes)
         self._free = list(range(SLOTS - 1, -1, -1))
-        self._readers = [0] * SLOTS
         self._lock = threading.Lock()
 
     def take(self) -> int | None:
@@ -99,27 +98,10 @@ class Arena:
     def generation(self, slot: int) -> int:
         return self._generations[slot] & 0xFFFFFFFF
 
-    def lend(self, slot: int, readers: int) -> None:
-        self._readers[slot] = readers
-
-    def released(self, slot: int, generation: int) -> bool:
-        """One reader has done with it; True when all have. Raises ProtocolError where it was not lent."""
-        if not 0 <= slot < SLOTS or self._readers[slot] <= 0 or self.generation(slot) != generation:
-            raise ProtocolError(f"release of slot {slot} generation {generation}, which is not lent")
-        self._readers[slot] -= 1
-        if self._readers[slot]:
-            return False
+    def give(self, slots: Iterable[int]) -> None:
+        """Nobody reads them any more, or nobody whose word counts."""
         with self._lock:
-            self._free.append(slot)
-        return True
-
-    def reclaim(self, slots: set[int]) -> None:
-        """Their view is over: nobody reads them any more whose word counts."""
-        with self._lock:
-            for slot in slots:
-                self._readers[slot] = 0
-                self._free.append(slot)
-        slots.clear()
+            self._free.extend(slots)
 
     def end_view(self, view: tuple[int, int]) -> None:
         """What is read in this view or an older one no longer counts."""

@@ -14,6 +14,7 @@ from typing import Protocol
 
 from everstep.collectives.transport import frames
 from everstep.collectives.transport.frames import Header, ProtocolError
+from everstep.collectives.transport.sockets import hang_up
 
 _READ_BYTES = 16 << 10
 _MAX_IOVECS = 64
@@ -46,7 +47,6 @@ class Channel:
         self._into: memoryview | None = None
         self._left = 0
         self._queue: deque[tuple[memoryview, Sent | None]] = deque()
-        self.queued_bytes = 0
         self._waiting_since: float | None = None  # for an acknowledgement
 
     # ---- out --------------------------------------------------------------------------------------------
@@ -68,10 +68,8 @@ class Channel:
                 return
             head = head[done:]
         self._queue.append((head, sent if payload is None else None))
-        self.queued_bytes += len(head)
         if payload is not None:
             self._queue.append((payload, sent))
-            self.queued_bytes += len(payload)
 
     @property
     def queued(self) -> int:
@@ -82,17 +80,14 @@ class Channel:
     def pending(self) -> bool:
         return bool(self._queue)
 
-    def flush(self) -> bool:
-        """Writes what the kernel takes; True when some of it went."""
-        went = False
+    def flush(self) -> None:
+        """Writes what the kernel takes."""
         while self._queue:
             vectors = [item[0] for item, _ in zip(self._queue, range(_MAX_IOVECS), strict=False)]
             try:
                 done = self.socket.sendmsg(vectors)
             except BlockingIOError:
-                return went
-            went = True
-            self.queued_bytes -= done
+                return
             whole = sum(map(len, vectors)) == done
             while done or (self._queue and not len(self._queue[0][0])):
                 data, sent = self._queue[0]
@@ -104,8 +99,7 @@ class Channel:
                 if sent is not None:
                     sent()
             if not whole:
-                return went
-        return went
+                return
 
     # ---- in ---------------------------------------------------------------------------------------------
 
@@ -201,10 +195,7 @@ class Channel:
     def close(self) -> None:
         self._queue.clear()
         self._into = None
-        try:
-            self.socket.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass
+        hang_up(self.socket)
         self.socket.close()
 
 

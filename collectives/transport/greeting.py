@@ -17,13 +17,12 @@ these few bytes, and each side has one deadline for all of it. Who does not begi
 from __future__ import annotations
 
 import os
-import select
 import socket
 import struct
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
+from everstep.collectives.addresses import boot_id
 from everstep.collectives.errors import HandshakeRefused
 from everstep.collectives.handshake import NONCE_BYTES, PROOF_BYTES, PROTOCOL_VERSION, new_nonce, proof, proof_matches
 from everstep.collectives.messages import ViewId
@@ -54,8 +53,7 @@ class Hello:
 
 def host_id() -> str:
     """Of this kernel and network namespace: members with the same one reach each other by Unix sockets."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{boot}.{os.stat('/proc/self/ns/net').st_ino}"
+    return f"{boot_id()}.{os.stat('/proc/self/ns/net').st_ino}"
 
 
 def greet(connection: socket.socket, token: str) -> Hello:
@@ -119,12 +117,3 @@ def read_by(deadline: float, connection: socket.socket, length: int) -> bytes:
             raise ConnectionError("closed by the other side")
         data += piece
     return data
-
-
-def readable(connection: socket.socket, wake: int, timeout_s: float) -> bool:
-    """Waits until there is something to read; False at the timeout or when `wake` (a descriptor) is readable."""
-    poll = select.poll()
-    poll.register(connection, select.POLLIN)
-    poll.register(wake, select.POLLIN)
-    ready = {fd for fd, _ in poll.poll(max(0.0, timeout_s) * 1000)}
-    return connection.fileno() in ready and wake not in ready

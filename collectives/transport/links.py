@@ -23,7 +23,7 @@ _DIAL_S = 1.0  # a host that lives answers a SYN in one round trip, also where t
 class Link:
     """All connections to one peer. Frames without data go over the first, pieces over all in turn."""
 
-    def __init__(self, peer: int, members: int) -> None:
+    def __init__(self, peer: int) -> None:
         self.peer = peer
         self.window: Window | None = None
         self._lanes: dict[int, Channel] = {}

@@ -31,6 +31,7 @@ from everstep.collectives.messages import View
 from everstep.collectives.transport.arena import Arena, Window, recv_with_fd, send_fd
 from everstep.collectives.transport.frames import ProtocolError
 from everstep.collectives.transport.greeting import Hello, accept, greet, host_id
+from everstep.collectives.transport.sockets import hang_up
 
 # A flood costs no more threads than this; who has been at it longest goes first, and members take milliseconds.
 MAX_GREETINGS = 64
@@ -109,7 +110,7 @@ class Listener:
         with self._condition:  # from here on nothing is begun
             threads = {**self._greeting, **self._entering}
             for connection in (*threads.values(), *(parked.connection for parked in self._parked.values())):
-                _hang_up(connection)
+                hang_up(connection)
         for thread in threads:
             thread.join()
         for parked in self._parked.values():
@@ -170,12 +171,12 @@ class Listener:
         except OSError:  # no descriptors or no memory left: who has proved nothing gives up its own first
             with self._condition:
                 if self._greeting:
-                    _hang_up(next(iter(self._greeting.values())))
+                    hang_up(next(iter(self._greeting.values())))
                 self._condition.wait(0.01)
             return
         with self._condition:
             while len(self._greeting) >= MAX_GREETINGS and not self._closed:
-                _hang_up(next(iter(self._greeting.values())))
+                hang_up(next(iter(self._greeting.values())))
                 self._condition.wait()  # its thread ends at once
             if self._closed or not self._start(connection, partial(self._greet, connection), self._greeting):
                 connection.close()
@@ -225,7 +226,7 @@ class Listener:
         me = threading.current_thread()
         with self._condition:
             if len(self._entering) >= _MAX_ENTERING:
-                _hang_up(next(iter(self._entering.values())))
+                hang_up(next(iter(self._entering.values())))
             self._entering[me] = self._greeting.pop(me)  # it has proved the token: no stranger's flood ends it
             self._condition.notify_all()
             mesh = self._mesh
@@ -261,8 +262,3 @@ class Listener:
         window = self.swap_arenas(connection, first=False) if connection.family == socket.AF_UNIX else None
         mesh.adopt(hello.rank, hello.lane, connection, window)
         return True
-
-
-def _hang_up(connection: socket.socket) -> None:
-    with contextlib.suppress(OSError):
-        connection.shutdown(socket.SHUT_RDWR)

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 
 import torch
 
+from everstep.collectives.tensors import bytes_of
 from everstep.platform.training.conductor import Conductor, Seat
 from everstep.platform.training.layout import Run, merge_runs
-from everstep.platform.training.shard import Place, RankState, bytes_of
+from everstep.platform.training.shard import Place, RankState
 from everstep.storage.index import Source, StateIndex, merge
 from everstep.storage.planner import Copy, Want, plan
 

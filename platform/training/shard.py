@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -28,12 +27,6 @@ from everstep.storage.planner import Want
 
 TORN = -1
 _NORM_BLOCKS = 64  # blocks squared at once: 2 MiB of float64 with the smallest block
-
-
-def bytes_of(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a flat, contiguous CPU tensor, without a copy."""
-    array: Any = tensor.detach().view(torch.uint8).numpy()
-    return memoryview(array)
 
 
 def dtype_name(tensor: torch.Tensor) -> str:

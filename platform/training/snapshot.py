@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from everstep.platform.training.shard import RankState, bytes_of
+from everstep.collectives.tensors import bytes_of
+from everstep.platform.training.shard import RankState
 from everstep.storage.segment import Seal, SegmentMap, Writer
 
 

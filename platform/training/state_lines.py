@@ -12,9 +12,10 @@ from collections.abc import Sequence
 import msgspec
 import torch
 
+from everstep.collectives.tensors import bytes_of
 from everstep.platform.training.exchange import Group
 from everstep.platform.training.layout import Run
-from everstep.platform.training.shard import RankState, bytes_of
+from everstep.platform.training.shard import RankState
 from everstep.storage.index import TensorMeta
 from everstep.storage.state_hash import tensor_line
 

@@ -1,19 +1,11 @@
-"""Makes the modules of this folder importable as `integration.<module>` and those of benchmarks/parts as
-`parts.<module>`, and gives every test run a registry
-of its own."""
+"""Gives every test run a registry of its own."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-_TESTS = Path(__file__).resolve().parent.parent
-for _folder in (_TESTS, _TESTS.parent / "benchmarks"):  # `parts.churn_run` is the churn of both
-    if str(_folder) not in sys.path:
-        sys.path.append(str(_folder))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -7,32 +7,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
+from everstep.collectives.members import Members as ViewMembers
 from everstep.collectives.mesh import Mesh
 from everstep.collectives.messages import Member, View, ViewId
-from everstep.collectives.operations import Collectives, Operation
 from everstep.collectives.transport.listener import Listener
-from everstep.collectives.work import Work
 
 LIMIT_S = 20.0
 T = TypeVar("T")
 
 
-class Peer(Collectives):
+class Peer(ViewMembers):
     """What `Group` is on top of a mesh, without a coordinator."""
 
     def __init__(self, mesh: Mesh) -> None:
+        super().__init__(mesh)
         self.mesh = mesh
-
-    @property
-    def rank(self) -> int:
-        return self.mesh.rank
-
-    @property
-    def size(self) -> int:
-        return self.mesh.size
-
-    def _submit(self, operation: Operation) -> Work:
-        return self.mesh.submit(operation)
 
 
 class Members:

@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from tests.unit.collectives.members import Members, Peer, members
+from tests.unit.collectives.members import LIMIT_S, Members, Peer, members
 
 from everstep.collectives.errors import CollectiveError, CollectiveTimeout, Mismatch, PeerLost
+from everstep.collectives.transport.channel import Channel
 from everstep.collectives.work import Work
 
 SMALL, LARGE = 10, 500_000
@@ -328,3 +329,20 @@ WRONG: list[tuple[Callable[[Peer], Work], type[Exception], str]] = [
 def test_wrong_arguments_are_refused(pair: Members, call: Callable[[Peer], Work], kind: type, text: str) -> None:
     with pytest.raises(kind, match=text):
         call(pair.peers[0])
+
+
+# ---- paths ----------------------------------------------------------------------------------------------
+
+
+def test_a_path_that_is_cut_is_found_by_a_member_whose_operations_are_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the kernel took may be lost on its way; only its sender, who waits for nothing here, can tell."""
+    with members(2, "tcp") as group:
+        check = torch.zeros(SMALL)
+        group.run(lambda peer: peer.all_reduce(check.clone()).wait())
+        monkeypatch.setattr(Channel, "unacknowledged_s", lambda channel, now: 2.0)  # what a cut path's kernel says
+        deadline = time.monotonic() + LIMIT_S
+        while len(group.lost) < 2:
+            assert time.monotonic() < deadline, f"only {group.lost}"
+            time.sleep(0.01)
+    assert sorted((me, about) for me, about, _ in group.lost) == [(0, 1), (1, 0)]
+    assert any("the path is cut" in error for _, _, error in group.lost)

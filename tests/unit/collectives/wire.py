@@ -17,11 +17,12 @@ from collections.abc import Callable, Iterator, Sequence
 
 import psutil
 import torch
+from tests.unit.collectives.members import Peer
 
 from everstep.collectives.errors import CollectiveError
 from everstep.collectives.mesh import Mesh
 from everstep.collectives.messages import Member, View, ViewId
-from everstep.collectives.operations import Collectives, Operation
+from everstep.collectives.operations import Operation
 from everstep.collectives.transport import frames
 from everstep.collectives.transport.arena import Arena, Window
 from everstep.collectives.transport.frames import Header
@@ -37,22 +38,6 @@ SCALE = int(os.environ.get("EVERSTEP_FUZZ", "1"))
 # zeros and this has one right value, and missing or foreign bytes show.
 BYTE = b"\x40"
 (VALUE,) = torch.frombuffer(bytearray(BYTE * 4), dtype=torch.float32).tolist()
-
-
-class Together(Collectives):
-    def __init__(self, mesh: Mesh) -> None:
-        self.mesh = mesh
-
-    @property
-    def rank(self) -> int:
-        return self.mesh.rank
-
-    @property
-    def size(self) -> int:
-        return self.mesh.size
-
-    def _submit(self, operation: Operation) -> Work:
-        return self.mesh.submit(operation)
 
 
 def view_of(listeners: Sequence[Listener], number: int = 1) -> View:
@@ -73,7 +58,7 @@ def listening(count: int) -> Iterator[list[Listener]]:
 @contextlib.contextmanager
 def connected(
     listeners: Sequence[Listener], number: int = 1, transport: str = "auto", timeout_s: float = WAIT_S
-) -> Iterator[list[Together]]:
+) -> Iterator[list[Peer]]:
     view = view_of(listeners, number)
     meshes = [
         Mesh(view, rank, listener, lambda peer, error: None, timeout_s, transport)
@@ -81,7 +66,7 @@ def connected(
     ]
     try:
         in_threads([lambda mesh=mesh: mesh.connect(WAIT_S) for mesh in meshes])
-        yield [Together(mesh) for mesh in meshes]
+        yield [Peer(mesh) for mesh in meshes]
     finally:
         for mesh in meshes:
             mesh.close()
@@ -109,7 +94,7 @@ def in_threads(parts: Sequence[Callable[[], object]]) -> None:
 class Summing:
     """Members that sum small and large tensors, each sum checked, until `stop`, which says how many there were."""
 
-    def __init__(self, members: Sequence[Together]) -> None:
+    def __init__(self, members: Sequence[Peer]) -> None:
         self._members = members
         self._stop = threading.Event()
         self._rounds = 0
@@ -120,7 +105,7 @@ class Summing:
         while self._rounds < 3 and not self._errors:
             time.sleep(0.01)
 
-    def _run(self, member: Together) -> None:
+    def _run(self, member: Peer) -> None:
         try:
             go_on = True
             while go_on:
@@ -230,7 +215,7 @@ class Broken:
         self.mesh = _Driven(
             View(ViewId(*self.id), members, 0), 0, listener, lambda *blame: self.blamed.append(blame), WAIT_S
         )
-        self.me = Together(self.mesh)
+        self.me = Peer(self.mesh)
         self.lanes: dict[tuple[int, int], socket.socket] = {}
         self._mine: dict[tuple[int, int], socket.socket] = {}
         for peer in range(1, size):

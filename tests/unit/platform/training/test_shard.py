@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn, optim
 
+from everstep.collectives.tensors import bytes_of
 from everstep.platform.training.layout import MIN_BLOCK, Run, merge_runs
 from everstep.platform.training.messages import Verdict
 from everstep.platform.training.shard import (
@@ -18,7 +19,6 @@ from everstep.platform.training.shard import (
     Place,
     RankState,
     UnsupportedModel,
-    bytes_of,
     check_model,
 )
 from everstep.platform.training.snapshot import write_snapshot
