@@ -1,4 +1,4 @@
-"""State index, planner, segments, checkpoints, datasets. Usable alone, without Ray.
+"""State index, planner, segments, erasure codes, checkpoints, datasets. Usable alone, without Ray.
 
 Owns the folder's public names. They are imported when they are first used: nothing here imports torch before
 a tensor is asked for.
@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from everstep.storage.checkpoint import Checkpoint as Checkpoint
+    from everstep.storage.erasure import ErasureCode as ErasureCode
     from everstep.storage.errors import CheckpointCorrupt as CheckpointCorrupt
 
 _HOME = {
     "Checkpoint": "everstep.storage.checkpoint",
     "CheckpointCorrupt": "everstep.storage.errors",
+    "ErasureCode": "everstep.storage.erasure",
 }
 
-__all__ = ["Checkpoint", "CheckpointCorrupt"]
+__all__ = ["Checkpoint", "CheckpointCorrupt", "ErasureCode"]
 
 
 def __getattr__(name: str) -> Any:
