@@ -72,7 +72,18 @@ class SegmentFull(SegmentError):
 
 
 class SegmentDamaged(SegmentError):
-    """A sealed segment whose bytes do not match their checksums; names tensor and range where known."""
+    """A sealed segment whose bytes do not match their checksums; names tensor and range where known.
+
+    `locator`: the segment, where whoever raised it knew.
+    """
+
+    def __init__(self, message: str, locator: str = "") -> None:
+        super().__init__(message, locator)
+        self.message = message
+        self.locator = locator
+
+    def __str__(self) -> str:
+        return self.message
 
 
 class SegmentChanged(SegmentError):

@@ -86,6 +86,7 @@ class Source(msgspec.Struct, frozen=True, order=True, gc=False, array_like=True)
     kind     holder        locator
     live     member name   ""               stamped memory of a running rank
     segment  domain        segment file id  read through that domain's manager
+    parity   lost domain   its version      decoded from what its group has left
     file     ""            file name        relative to the checkpoint's folder
     """
 

@@ -48,6 +48,8 @@ _HEADER: Final = struct.Struct("<8sIIIIQQQQQ")
 _DIGEST: Final = struct.Struct("<Q")
 # Copied and hashed piece by piece, so that the hash reads what is still in cache.
 _PIECE_BYTES: Final = 1 << 20
+_UNKNOWN: Final = -1
+_EMPTY_CHECKSUM: Final = xxhash.xxh3_64_intdigest(b"")
 
 
 class Seal(msgspec.Struct, frozen=True):
@@ -67,16 +69,25 @@ class _Index(msgspec.Struct, frozen=True, array_like=True):
     rows: list[tuple[int, int, int, int, int]]  # tensor, start, stop, offset in the payload, xxh3_64
 
 
-def required_bytes(pieces: Iterable[tuple[TensorMeta, int, int]]) -> int:
-    """File size that is enough for a segment of these (tensor, start, stop) pieces, whole pages."""
-    total = SEAL_BYTES
+def sizes_of(pieces: Iterable[tuple[TensorMeta, int, int]]) -> tuple[int, int]:
+    """(bytes of the payload, at most as many of the index) of a segment of these (tensor, start, stop) pieces."""
+    total = 0
     index = 64
     for meta, start, stop in pieces:
         total += _aligned((stop - start) * meta.itemsize)
         # An upper bound: names and shape once a piece, five numbers of at most nine bytes each.
         index += len(msgspec.msgpack.encode(meta)) + 5 * 9 + 1
-    total += index
-    return -(-total // SEAL_BYTES) * SEAL_BYTES
+    return total, index
+
+
+def required_bytes(pieces: Iterable[tuple[TensorMeta, int, int]]) -> int:
+    """File size that is enough for a segment of these (tensor, start, stop) pieces, whole pages."""
+    return capacity_of(*sizes_of(pieces))
+
+
+def capacity_of(payload_bytes: int, index_bytes: int) -> int:
+    """File size for a payload and an index, whole pages."""
+    return -(-(SEAL_BYTES + _aligned(payload_bytes) + index_bytes) // SEAL_BYTES) * SEAL_BYTES
 
 
 def create_segment(path: str | os.PathLike[str], capacity_bytes: int) -> None:
@@ -176,9 +187,38 @@ class Writer:
 
     def begin(self) -> None:
         """Clear the seal: from here on the slot's former version is gone."""
-        self._segment.memory[:SEAL_BYTES] = bytes(SEAL_BYTES)
+        unseal(self._segment)
         self._reset()
         self._begun = True
+
+    def place(self, meta: TensorMeta, start: int, stop: int) -> memoryview:
+        """Room for elements [start, stop) of a tensor, behind what was placed before: fill it, and say its
+        checksum (`checked`) before `seal`.
+
+        Raises SegmentFull when it does not fit, IndexInvalid when the range is wrong.
+        """
+        if not self._begun:
+            raise SegmentError(f"{self._segment.path}: put before begin")
+        if not 0 <= start <= stop <= meta.numel:
+            raise IndexInvalid(f"{start}:{stop} of {meta.name!r} ({meta.kind}), which has {meta.numel} elements")
+        number, known = self._tensors.setdefault(meta.key, (len(self._tensors), meta))
+        if known != meta:
+            raise IndexInvalid(f"{meta.name!r} ({meta.kind}) was put as {known} before, now as {meta}")
+        offset, length = _aligned(self._position), (stop - start) * meta.itemsize
+        room = _room(self._segment, offset, length)
+        self._rows.append((number, start, stop, offset, _EMPTY_CHECKSUM if not length else _UNKNOWN))
+        self._position = offset + length
+        return room
+
+    @property
+    def placed(self) -> int:
+        """How many places this version has so far."""
+        return len(self._rows)
+
+    def checked(self, n: int, checksum: int) -> None:
+        """The xxh3_64 of what was filled into the n-th place (from 0) of this version. Any thread."""
+        number, start, stop, offset, _ = self._rows[n]
+        self._rows[n] = (number, start, stop, offset, checksum)
 
     def put(self, meta: TensorMeta, start: int, stop: int, buffer: "Buffer") -> int:
         """Append elements [start, stop) of a tensor; returns their byte offset in the payload.
@@ -186,28 +226,15 @@ class Writer:
         `buffer`: C-contiguous memory of exactly (stop - start) * itemsize bytes. Raises SegmentFull when it
         does not fit, IndexInvalid when the range or the length is wrong.
         """
-        if not self._begun:
-            raise SegmentError(f"{self._segment.path}: put before begin")
         data = memoryview(buffer).cast("B") if memoryview(buffer).nbytes else memoryview(b"")
-        length = (stop - start) * meta.itemsize
-        if not 0 <= start <= stop <= meta.numel or data.nbytes != length:
+        if data.nbytes != (stop - start) * meta.itemsize:
             raise IndexInvalid(
                 f"{data.nbytes} bytes for {start}:{stop} of {meta.name!r} ({meta.kind}), "
                 f"which has {meta.numel} elements of {meta.itemsize} bytes"
             )
-        number, known = self._tensors.setdefault(meta.key, (len(self._tensors), meta))
-        if known != meta:
-            raise IndexInvalid(f"{meta.name!r} ({meta.kind}) was put as {known} before, now as {meta}")
-        offset = _aligned(self._position)
-        place = self._room(offset, length)
-        checksum = xxhash.xxh3_64()
-        for first in range(0, length, _PIECE_BYTES):
-            piece = data[first : first + _PIECE_BYTES]
-            place[first : first + len(piece)] = piece
-            checksum.update(piece)
-        self._rows.append((number, start, stop, offset, checksum.intdigest()))
-        self._position = offset + length
-        return offset
+        room = self.place(meta, start, stop)
+        self.checked(len(self._rows) - 1, copy_hashed(data, room))
+        return self._rows[-1][3]
 
     def seal(self, epoch: int, number: int, step: int) -> Seal:
         """Write the index and then the seal: from here on the segment holds `step` for view (epoch,
@@ -215,24 +242,22 @@ class Writer:
         """
         if not self._begun:
             raise SegmentError(f"{self._segment.path}: seal before begin")
+        assert all(row[4] != _UNKNOWN for row in self._rows), "a fragment was placed and its checksum never said"
         tensors = tuple(meta for _, meta in self._tensors.values())
         index = msgspec.msgpack.encode(_Index(tensors, self._rows))
-        offset = _aligned(self._position)
-        self._room(offset, len(index))[:] = index
-        seal = Seal(epoch, number, step, self._position, offset, len(index), xxhash.xxh3_64_intdigest(index))
-        header = _pack(seal)
-        self._segment.memory[: len(header)] = header
+        seal = seal_raw(self._segment, (epoch, number, step), self._position, index)
         self._begun = False
         return seal
 
-    def _room(self, offset: int, length: int) -> memoryview:
-        first = SEAL_BYTES + offset
-        if first + length > self._segment.size:
-            raise SegmentFull(
-                f"{self._segment.path}: {length} bytes at {offset} do not fit, "
-                f"there is room for {self._segment.size - SEAL_BYTES}"
-            )
-        return self._segment.memory[first : first + length]
+
+def copy_hashed(data: memoryview, room: memoryview) -> int:
+    """Copies `data` into `room`, of the same length in bytes; returns its xxh3_64. Any thread."""
+    checksum = xxhash.xxh3_64()
+    for first in range(0, len(data), _PIECE_BYTES):
+        piece = data[first : first + _PIECE_BYTES]
+        room[first : first + len(piece)] = piece
+        checksum.update(piece)
+    return checksum.intdigest()
 
 
 def read_seal(segment: SegmentMap) -> Seal | None:
@@ -248,33 +273,72 @@ def read_seal(segment: SegmentMap) -> Seal | None:
     return Seal(epoch, number, step, payload_bytes, offset, length, checksum)
 
 
+def read_index_bytes(segment: SegmentMap, seal: Seal) -> bytes:
+    """The index as it is written. Raises SegmentChanged when the segment is no longer sealed with `seal`,
+    SegmentDamaged when the index is not what the seal says.
+    """
+    data = bytes(segment.memory[SEAL_BYTES + seal.index_offset :][: seal.index_bytes])
+    _check_unchanged(segment, seal)
+    if xxhash.xxh3_64_intdigest(data) != seal.index_checksum:
+        raise SegmentDamaged(f"{segment.path}: the index does not match its checksum")
+    return data
+
+
 def read_index(segment: SegmentMap, seal: Seal, source: Source) -> StateIndex:
     """The fragments that the segment holds, as fragments of `source`; offsets count from the payload's start.
 
     Raises SegmentChanged when the segment is no longer sealed with `seal`, SegmentDamaged when its index is
     not what the seal says.
     """
-    data = bytes(segment.memory[SEAL_BYTES + seal.index_offset :][: seal.index_bytes])
-    _check_unchanged(segment, seal)
-    if xxhash.xxh3_64_intdigest(data) != seal.index_checksum:
-        raise SegmentDamaged(f"{segment.path}: the index does not match its checksum")
+    data = read_index_bytes(segment, seal)
+    return decode_index(data, seal.step, seal.payload_bytes, source, segment.path)
+
+
+def decode_index(data: bytes, step: int, payload_bytes: int, source: Source, path: str) -> StateIndex:
+    """An index that was read from a segment, or kept by its group. Raises SegmentDamaged; `path` is for it."""
     try:
         wire = msgspec.msgpack.decode(data, type=_Index)
         fragments = tuple(
             Fragment(wire.tensors[t].name, wire.tensors[t].kind, start, stop, source, offset, checksum)
             for t, start, stop, offset, checksum in wire.rows
         )
-        index = StateIndex(seal.step, wire.tensors, fragments)
+        index = StateIndex(step, wire.tensors, fragments)
         index.validate()
     except (msgspec.MsgspecError, ValueError, IndexError) as error:  # IndexInvalid is a ValueError
-        raise SegmentDamaged(f"{segment.path}: the index cannot be read: {error}") from error
+        raise SegmentDamaged(f"{path}: the index cannot be read: {error}") from error
     metas = index.metas()
     for f in fragments:
-        if f.offset + (f.stop - f.start) * metas[f.key].itemsize > seal.payload_bytes:
-            raise SegmentDamaged(
-                f"{segment.path}: {f.start}:{f.stop} of {f.name!r} ({f.kind}) ends behind the payload"
-            )
+        if f.offset + (f.stop - f.start) * metas[f.key].itemsize > payload_bytes:
+            raise SegmentDamaged(f"{path}: {f.start}:{f.stop} of {f.name!r} ({f.kind}) ends behind the payload")
     return index
+
+
+def unseal(segment: SegmentMap) -> None:
+    """From here on the segment's former version is gone."""
+    segment.memory[:SEAL_BYTES] = bytes(SEAL_BYTES)
+
+
+def seal_raw(segment: SegmentMap, version: tuple[int, int, int], payload_bytes: int, index: bytes) -> Seal:
+    """Writes an index behind the payload, and then the seal of `version` (epoch, number, step).
+
+    Raises SegmentFull.
+    """
+    offset = _aligned(payload_bytes)
+    _room(segment, offset, len(index))[:] = index
+    epoch, number, step = version
+    seal = Seal(epoch, number, step, payload_bytes, offset, len(index), xxhash.xxh3_64_intdigest(index))
+    header = _pack(seal)
+    segment.memory[: len(header)] = header
+    return seal
+
+
+def _room(segment: SegmentMap, offset: int, length: int) -> memoryview:
+    first = SEAL_BYTES + offset
+    if first + length > segment.size:
+        raise SegmentFull(
+            f"{segment.path}: {length} bytes at {offset} do not fit, there is room for {segment.size - SEAL_BYTES}"
+        )
+    return segment.memory[first : first + length]
 
 
 def payload(segment: SegmentMap, offset: int, length: int) -> memoryview:

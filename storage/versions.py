@@ -120,6 +120,10 @@ class Slots:
         reason = f"slot {index}: {'free' if former.version is None else f'{former.version} is spent'}"
         return self._with(index, Slot("writing", version), f"{event} = {index}"), index, reason
 
+    def with_one_more(self) -> Self:
+        """A free slot more."""
+        return replace(self._after("with_one_more"), slots=(*self.slots, Slot()))
+
     def sealed(self, index: int, step: int) -> Self:
         """The writer has sealed slot `index`."""
         event = f"sealed({index}, {step})"
