@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import platform
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -30,13 +30,14 @@ from everstep.storage.retention import collect
 
 @dataclass
 class _Open:
+    view: tuple[int, int]
     step: int
     name: CheckpointName
     files: int
     progress: dict[str, Any]
     records: list[FileRecord] = field(default_factory=list)
     failed: str = ""
-    reported: int = 0
+    reported: set[str] = field(default_factory=set)  # domains
 
 
 def claim_epoch(root: Path) -> int:
@@ -106,8 +107,9 @@ class CheckpointDesk:
         self.newest: Resume | None = None
         self.urls: list[str] = []  # finished by this execution, oldest first
 
-    def begin(self, step: int, files: int, progress: dict[str, Any]) -> str:
-        """A new folder for `step`, to be filled by `files` ranks; "" (and on_done) when storage refuses."""
+    def begin(self, view: tuple[int, int], step: int, files: int, progress: dict[str, Any]) -> str:
+        """A new folder for `step`, to be filled by the `files` ranks of `view` (epoch, number); "" (and on_done) when
+        storage refuses."""
         try:
             with self._in_progress.lock:
                 folder, name = new_folder(self.root, step, self._epoch, self._attempts.get(step, 0))
@@ -116,30 +118,37 @@ class CheckpointDesk:
         except StorageError as error:
             self._on_done("", step, str(error))
             return ""
-        self._open[str(folder)] = _Open(step, name, files, progress)
+        self._open[str(folder)] = _Open(view, step, name, files, progress)
         return str(folder)
 
-    def saved(self, saved: Saved) -> None:
-        """A manager has written a rank's file, or could not."""
+    def saved(self, saved: Saved, domain: str) -> None:
+        """The manager of `domain` has written a rank's file, or could not."""
         entry = self._open.get(saved.folder)
         if entry is None:
             return
-        entry.reported += 1
+        entry.reported.add(domain)
         if saved.error:
             entry.failed = saved.error
         else:
             entry.records.append(msgspec.msgpack.decode(saved.record, type=FileRecord))
-        if entry.reported == entry.files:
+        if len(entry.reported) == entry.files:
             del self._open[saved.folder]
             self._pending.append(self._worker.submit(self._finish, saved.folder, entry))
 
-    def abandon(self, base_step: int) -> None:
-        """A view has ended: what its ranks had not all sealed will never be complete."""
+    def abandon(self, base_step: int, sealed: Mapping[tuple[tuple[int, int], int], Collection[str]]) -> set[int]:
+        """A view has ended: what its ranks had not all sealed will never be complete. The steps of it.
+
+        `sealed`: by view and step, the domains that hold that version.
+        """
+        steps = set()
         for folder, entry in list(self._open.items()):
-            if entry.step > base_step:
+            there = entry.reported | set(sealed.get((entry.view, entry.step), ()))
+            if entry.step > base_step or len(there) < entry.files:
                 del self._open[folder]
                 self._in_progress.discard(folder)
                 self._on_done(folder, entry.step, "its view ended before every rank had sealed it")
+                steps.add(entry.step)
+        return steps
 
     def note(self, journal: Journal, folder: str, step: int, error: str) -> None:
         """Books what `on_done` told; called by the loop."""

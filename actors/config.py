@@ -16,6 +16,7 @@ class ManagerConfig(msgspec.Struct, frozen=True):
     token: str
     coordinator: str  # host:port
     frozen_s: float
+    stall_s: float
     embedded: bool  # the driver keeps the run folder; else this manager does too
 
 
@@ -32,17 +33,46 @@ class RankConfig(msgspec.Struct, frozen=True):
     spec_dir: str
 
 
+class ParityGroup(msgspec.Struct, frozen=True):
+    """The failure domains that keep parity of each other's snapshots, by position; one of them is this one."""
+
+    members: tuple[tuple[str, str], ...]  # domain, address of its manager's fetch listener
+    position: int
+    parity: int
+    capacity_bytes: int  # of one version's parity segment
+
+
 class SlotsWanted(msgspec.Struct, frozen=True):
-    """A trainer asks its manager for segments."""
+    """A trainer asks its manager for segments: `count` slots, numbered from `first`."""
 
     label: tuple[int, int]  # epoch, view number
     capacity_bytes: int
     count: int
+    first: int = 0
+    group: ParityGroup | None = None
 
 
 class SlotsGiven(msgspec.Struct, frozen=True):
     label: tuple[int, int]
     paths: tuple[str, ...]
+    error: str = ""
+
+
+class SegmentSealed(msgspec.Struct, frozen=True):
+    """A trainer has sealed a version; `protect`: its group's parity of it is due."""
+
+    label: tuple[int, int]
+    step: int
+    path: str
+    protect: bool
+
+
+class Secured(msgspec.Struct, frozen=True):
+    """The manager has written its parity of a version, or `error` says why it has not."""
+
+    label: tuple[int, int]
+    step: int
+    cpu_s: float
     error: str = ""
 
 

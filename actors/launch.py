@@ -18,7 +18,7 @@ from everstep.actors.run_config import RunConfig
 from everstep.actors.run_folder import RunFolder
 from everstep.actors.supervisor import Supervisor
 from everstep.platform.cluster.desk import Resume
-from everstep.platform.job.check import check
+from everstep.platform.job.check import check, check_nodes
 from everstep.platform.job.client import RunHandle
 from everstep.platform.job.errors import Problem, SpecError
 from everstep.platform.job.facts import TaskFacts
@@ -108,6 +108,8 @@ def launch(
 ) -> RunHandle:
     """Starts the run; returns at once. Raises SpecError for what only the storage can tell."""
     spec = _anchored(spec, spec_dir)
+    if host == "processes":
+        check_nodes(spec, 1)
     resume, epoch = resume_point(spec, spec_dir)
     if host == "ray":
         from everstep.actors.ray_launch import launch_ray  # Ray takes half a second to import

@@ -22,21 +22,23 @@ from everstep.actors.config import (
     ManagerConfig,
     Saved,
     SaveSegment,
+    Secured,
+    SegmentSealed,
     SlotsGiven,
     SlotsWanted,
     Wake,
 )
 from everstep.actors.fetch import FetchServer
+from everstep.actors.parity_keeper import ParityKeeper
 from everstep.actors.run_folder import RunFolder
+from everstep.actors.shelf import DomainShelf
 from everstep.collectives import messages as m
-from everstep.collectives.addresses import interface_towards
+from everstep.collectives.addresses import interface_towards, node_name
 from everstep.collectives.control import ControlClient, ControlServer, Peer
 from everstep.collectives.liveness import Judge
-from everstep.platform.training.messages import Stock
 from everstep.storage.errors import StorageError
-from everstep.storage.index import Source, StateIndex
 from everstep.storage.rank_file import write_rank_file
-from everstep.storage.segment import SegmentMap, create_segment, read_index, read_seal
+from everstep.storage.segment import SegmentMap, read_seal
 
 log = logging.getLogger(__name__)
 
@@ -59,18 +61,16 @@ class Manager:
         self._dead: set[str] = set()
         self._prepare: m.Prepare | None = None
         self._wakes: dict[str, float] = {}
-        self._writing: set[str] = set()  # paths that a checkpoint is being written from
-        self._released = m.ViewId(0, 0)  # segments of views below this one are garbage
         self._saving: set[threading.Thread] = set()
         self._done = threading.Event()
-        self._folder = Path(config.run_folder) / config.domain
-        self._folder.mkdir(mode=0o700, exist_ok=True)
+        self._shelf = DomainShelf(Path(config.run_folder) / config.domain, config.domain, config.stall_s)
+        self._parity = ParityKeeper(self._shelf, config.token, config.stall_s)
         host = interface_towards(config.coordinator)
         self._judge = Judge(self._on_dead)
-        self._fetch = FetchServer(host, config.token, self._resolve)
+        self._fetch = FetchServer(host, config.token, self._shelf)
         self._server = ControlServer(f"{host}:0", config.token, self._on_trainer, self._on_trainer_gone, max_peers=64)
         self._up = ControlClient(config.coordinator, config.token, self._on_coordinator, self._on_coordinator_lost)
-        self._tell(m.Watching(config.domain, config.slot, self._fetch.address, os.getpid()))
+        self._tell(m.Watching(config.domain, config.slot, self._fetch.address, os.getpid(), node_name()))
         note = msgspec.msgpack.encode({"control": self._server.address})
         self._tell(m.WatcherNote("listening", note))
 
@@ -83,6 +83,8 @@ class Manager:
         self._up.close()
         self._server.stop()
         self._judge.close()
+        self._shelf.close()
+        self._parity.close()
         self._fetch.close()
 
     def _tell(self, message: m.WatcherMessage) -> None:
@@ -107,7 +109,7 @@ class Manager:
 
     def _on_order(self, order: m.Order) -> None:
         if order.kind == "release":
-            self._release(msgspec.msgpack.decode(order.payload, type=m.ViewId))
+            self._shelf.release(msgspec.msgpack.decode(order.payload, type=m.ViewId))
         elif order.kind == "wake":
             wake = msgspec.msgpack.decode(order.payload, type=Wake)
             self._wakes[wake.name] = wake.wake_s
@@ -142,7 +144,7 @@ class Manager:
     def _send_stock(self, prepare: m.Prepare, fenced: tuple[str, ...] | None = None) -> None:
         if fenced is None:
             fenced = tuple(name for name in prepare.fence if self._fence(name))
-        stock = msgspec.msgpack.encode(Stock(tuple(self._sealed())))
+        stock = msgspec.msgpack.encode(self._shelf.stock())
         self._tell(m.Stock(prepare.id, self._config.domain, fenced, stock))
 
     # ---- trainers ---------------------------------------------------------------------------------------
@@ -168,6 +170,10 @@ class Manager:
                 self._on_dead(name, "exited", 0.0)
         elif isinstance(message, m.Note) and message.kind == "slots":
             self._give_slots(peer, msgspec.msgpack.decode(message.payload, type=SlotsWanted), name)
+        elif isinstance(message, m.Note) and message.kind == "sealed":
+            self._sealed(peer, msgspec.msgpack.decode(message.payload, type=SegmentSealed))
+        elif isinstance(message, m.Note) and message.kind == "lose":
+            self._lose()
         elif isinstance(message, m.Note) and message.kind == "save":
             self._save(msgspec.msgpack.decode(message.payload, type=SaveSegment), peer)
         else:
@@ -196,6 +202,12 @@ class Manager:
         if prepare is not None and name in prepare.asked:
             log.info("%s died while view %s was formed", name, prepare.id)
 
+    def _lose(self) -> None:
+        """Scripted: the loss of this failure domain, with all of its memory."""
+        self._shelf.destroy()
+        self._end_trainers()
+        os.kill(os.getpid(), signal.SIGKILL)
+
     def _end_trainers(self) -> None:
         with self._lock:
             pids = [t.pid for name, t in self._trainers.items() if self._judge.alive(name)]
@@ -208,47 +220,30 @@ class Manager:
     # ---- segments ---------------------------------------------------------------------------------------
 
     def _give_slots(self, peer: Peer, wanted: SlotsWanted, name: str) -> None:
-        paths = []
         try:
-            for slot in range(wanted.count):
-                path = self._folder / f"{name}.view-{wanted.label[0]}-{wanted.label[1]}.{slot}.seg"
-                create_segment(path, wanted.capacity_bytes)
-                paths.append(str(path))
-            given = SlotsGiven(wanted.label, tuple(paths))
+            slots, rows = self._shelf.make(name, wanted)
+            if not wanted.first:
+                self._parity.form(wanted.label, wanted.group, rows)
+            given = SlotsGiven(wanted.label, slots)
         except StorageError as error:
             given = SlotsGiven(wanted.label, (), str(error))
         peer.send(m.encode(m.Order("slots", msgspec.msgpack.encode(given))))
 
-    def _sealed(self) -> list[StateIndex]:
-        """Every sealed version of this domain, whoever wrote it."""
-        found = []
-        for path in sorted(self._folder.glob("*.seg")):
-            try:
-                with SegmentMap(path, writable=False) as segment:
-                    seal = read_seal(segment)
-                    if seal is not None:
-                        found.append(read_index(segment, seal, Source("segment", self._config.domain, path.name)))
-            except StorageError as error:
-                log.warning("%s is passed over: %s", path.name, error)
-        return found
+    def _sealed(self, peer: Peer, sealed: SegmentSealed) -> None:
+        version = (*sealed.label, sealed.step)
+        self._shelf.sealed(version, sealed.path)
+        if sealed.protect:
 
-    def _resolve(self, locator: str) -> str | None:
-        path = self._folder / locator
-        known = "/" not in locator and locator.endswith(".seg") and path.is_file()
-        return str(path) if known else None
+            def told(step: int, cpu_s: float, error: str) -> None:
+                secured = Secured(sealed.label, step, cpu_s, error)
+                peer.send(m.encode(m.Order("secured", msgspec.msgpack.encode(secured))))
 
-    def _release(self, view: m.ViewId) -> None:
-        """`view` is protected: segments of older layouts serve nobody any more."""
-        self._released = max(self._released, view)
-        for path in self._folder.glob("*.view-*.seg"):
-            epoch, number = path.name.rsplit(".view-", 1)[1].split(".")[0].split("-")
-            if m.ViewId(int(epoch), int(number)) < view and str(path) not in self._writing:
-                path.unlink(missing_ok=True)
+            self._parity.protect(version, told)
 
     # ---- checkpoints ------------------------------------------------------------------------------------
 
     def _save(self, order: SaveSegment, peer: Peer) -> None:
-        self._writing.add(order.path)
+        self._shelf.begin_writing(order.path)
         thread = threading.Thread(target=self._write, args=(order, peer), name=f"save-{order.step}", daemon=True)
         self._saving.add(thread)
         thread.start()
@@ -263,10 +258,9 @@ class Manager:
             saved = Saved(order.folder, order.step, order.file, msgspec.msgpack.encode(record))
         except StorageError as error:
             saved = Saved(order.folder, order.step, order.file, error=str(error))
-        self._writing.discard(order.path)
         self._tell(m.WatcherNote("saved", msgspec.msgpack.encode(saved)))
         peer.send(m.encode(m.Order("saved", msgspec.msgpack.encode(order.path))))
-        self._release(self._released)
+        self._shelf.end_writing(order.path)
         self._saving.discard(threading.current_thread())
 
 

@@ -6,39 +6,31 @@ the training thread waits on the condition. Segments are mapped and written by t
 
 from __future__ import annotations
 
+import signal
 import threading
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
 import torch
 
-from everstep.actors.config import (
-    FaultReached,
-    RankConfig,
-    SaveSegment,
-    SlotsGiven,
-    SlotsWanted,
-)
-from everstep.actors.fetch import fetch, fetch_local
+from everstep.actors.config import FaultReached, RankConfig
+from everstep.actors.snapshots import Place, Snapshots
+from everstep.actors.sources import Sources
 from everstep.collectives import messages as m
 from everstep.collectives.addresses import interface_towards
 from everstep.collectives.control import ControlClient
-from everstep.collectives.errors import CollectiveError, CollectiveTimeout, PeerLost
+from everstep.collectives.errors import CollectiveError, CollectiveTimeout, HandshakeRefused, PeerLost
 from everstep.collectives.members import Members
 from everstep.collectives.mesh import Mesh
 from everstep.collectives.transport.listener import Listener
 from everstep.platform.faults.strike import strike
 from everstep.platform.training.conductor import RunOver, Seat
+from everstep.platform.training.layout import Run
 from everstep.platform.training.messages import Inventory, LiveFault, Verdict, ViewPlan, Vote
 from everstep.platform.training.shard import RankState
-from everstep.platform.training.snapshot import write_snapshot
-from everstep.storage.checkpoint import Checkpoint
-from everstep.storage.errors import SegmentError, StorageError
+from everstep.storage.errors import SegmentError
 from everstep.storage.planner import Copy
-from everstep.storage.segment import SegmentMap, required_bytes
-from everstep.storage.versions import Slots
 
 _ANSWER_S = 30.0  # a manager answers in milliseconds; it has its own watcher
 
@@ -62,20 +54,15 @@ class RankConductor:
         self._verdicts: dict[int, m.Verdict] = {}
         self._over = False
         self._ended: str | None = None
-        self._given: SlotsGiven | None = None
         self._acknowledged: set[int] = set()
-        self._saved: list[str] = []  # segment paths whose checkpoint file is written
-        self._pinned: dict[str, int] = {}  # segment path -> step, while it is being written to a checkpoint
         self._mesh: Mesh | None = None
         self._seat: Seat | None = None
         self._faults: list[LiveFault] = []
         self._slow: tuple[float, int] = (1.0, -1)  # factor, up to which step
-        self._label = (0, 0)
-        self._slots_label: tuple[int, int] | None = None
-        self._slots = Slots.empty(2)
-        self._maps: list[SegmentMap] = []
-        self._sealed = -1
-        self._checkpoint_to = (-1, "")  # step and folder of the checkpoint that the newest verdict asked for
+        checkpoint = config.spec["checkpoint"]
+        every = checkpoint["every"] if checkpoint else 0
+        self._snapshots = Snapshots(self, self._condition, config.spec["steps"], every)
+        self._sources = Sources(config.domain, Path(config.run_folder), config.token)
         self._listener = Listener(interface_towards(config.manager), config.token)
         self._control = ControlClient(config.manager, config.token, self._on_message, self._on_lost)
         self.note("hello", config.name.encode())
@@ -101,7 +88,7 @@ class RankConductor:
         self.stand_up(None)
         self._control.close()
         self._listener.close()
-        self._drop_maps()
+        self._snapshots.close()
 
     # ---- Conductor: views -------------------------------------------------------------------------------
 
@@ -125,7 +112,9 @@ class RankConductor:
             if answer:
                 assert prepare is not None
                 if self.name in prepare.asked:
-                    self._send(m.Inventory(prepare.id, msgspec.msgpack.encode(inventory())))
+                    self._snapshots.finish()
+                    offer = msgspec.structs.replace(inventory(), damaged=tuple(sorted(self._sources.damaged)))
+                    self._send(m.Inventory(prepare.id, msgspec.msgpack.encode(offer)))
                 continue
             assert view is not None
             return self._seat_in(view)
@@ -137,7 +126,7 @@ class RankConductor:
             self._mesh.connect(self._stall_s)
         self._send(m.Level(view_id))
         with self._condition:
-            self._wait(lambda: self._go == view_id, "the other ranks to be level")
+            self.wait(lambda: self._go == view_id, "the other ranks to be level")
 
     def over(self) -> bool:
         return self._over
@@ -146,12 +135,10 @@ class RankConductor:
         assert self._acting is not None
         self._send(m.Vote(self._acting.id, step, msgspec.msgpack.encode(vote)))
         with self._condition:
-            self._wait(lambda: step in self._verdicts, f"the verdict on step {step}")
+            self.wait(lambda: step in self._verdicts, f"the verdict on step {step}")
             message = self._verdicts.pop(step)
         verdict = msgspec.msgpack.decode(message.payload, type=Verdict)
-        if verdict.protected_step >= 0 and self._slots.index_of(verdict.protected_step, self._label) is not None:
-            self._slots = self._slots.protected(verdict.protected_step, self._label)
-        self._checkpoint_to = (step, verdict.checkpoint)
+        self._snapshots.heed(step, verdict)
         return verdict
 
     def stand_up(self, error: CollectiveError | None) -> None:
@@ -171,101 +158,42 @@ class RankConductor:
         return domain == self._config.domain
 
     def fetch(self, seat: Seat, copies: list[tuple[Copy, memoryview]]) -> None:
-        by_source: dict[tuple[str, str, str], list[tuple[Copy, memoryview]]] = {}
-        for item in copies:
-            source = item[0].source
-            key = (source.kind, source.holder, source.locator if self.own_domain(source.holder) else "")
-            by_source.setdefault(key, []).append(item)
-        checkpoint = Checkpoint.open(seat.plan.checkpoint) if seat.plan.checkpoint else None
+        def go_on() -> None:
+            if self._over:
+                raise PeerLost("the view is over")
+
+        plan = seat.plan
         try:
-            for (kind, domain, locator), group in sorted(by_source.items(), key=lambda entry: entry[0]):
-                if self._over:
-                    raise PeerLost("the view is over")
-                if kind == "file":
-                    assert checkpoint is not None, "a file source without a checkpoint"
-                    for copy, buffer in group:
-                        checkpoint.read_into(copy, buffer)
-                elif self.own_domain(domain):
-                    fetch_local(str(Path(self._config.run_folder) / domain / locator), group)
-                else:
-                    fetch(seat.plan.fetch[domain], self._config.token, group)
-        except (OSError, SegmentError) as error:
+            self._sources.fill(copies, plan.fetch, plan.checkpoint, plan.rebuilds, go_on)
+        except (OSError, SegmentError, HandshakeRefused) as error:
             raise PeerLost(f"{self.name}: reading state for view {seat.view}: {error}") from error
 
     # ---- Conductor: snapshots ---------------------------------------------------------------------------
 
     def sealed_step(self) -> int:
-        return self._sealed
+        return self._snapshots.secured_step()
 
-    def snapshot(self, state: RankState, before_seal: Callable[[], None]) -> float:
-        began = time.perf_counter()
-        if self._slots_label != self._label:
-            self._take_slots(state)
-        step = state.stamp
-        if self._slots.index_of(step, self._label) is not None:
-            self._sealed = step
-            return 0.0
-        index = self._reserve(step)
-        try:
-            write_snapshot(self._maps[index], state, self._label, before_seal)
-        except BaseException:
-            self._slots = self._slots.abandoned(index)
-            raise
-        self._slots = self._slots.sealed(index, step)
-        self._sealed = step
-        (wanted, folder), self._checkpoint_to = self._checkpoint_to, (-1, "")
-        if folder and wanted == step:
-            assert self._seat is not None
-            self._slots = self._slots.pin(step)
-            self._pinned[self._maps[index].path] = step
-            file = f"rank-{self._seat.rank:05d}.safetensors"
-            self.note("save", msgspec.msgpack.encode(SaveSegment(self._maps[index].path, step, folder, file)))
-        return time.perf_counter() - began
+    def snapshot(
+        self,
+        state: RankState,
+        before_seal: Callable[[], None],
+        runs: Sequence[Run] | None = None,
+        wait: bool = False,
+    ) -> float:
+        here = self._fault_due("snapshot", state.stamp) is not None  # it strikes in the training thread
+        return self._snapshots.begin(state, before_seal, runs, wait=wait or here, protect=not wait)
 
-    def _reserve(self, step: int) -> int:
-        deadline = time.monotonic() + self._stall_s
-        while True:
-            with self._condition:
-                for path in self._saved:  # of an older layout's segments nothing is kept here any more
-                    if (pinned := self._pinned.pop(path, None)) is not None:
-                        self._slots = self._slots.unpin(pinned)
-                self._saved.clear()
-                self._slots, index, why = self._slots.reserve(step, self._label)
-                if index is not None:
-                    return index
-                self._check_ended()
-                if not self._condition.wait(max(0.0, deadline - time.monotonic())):
-                    raise CollectiveTimeout(
-                        f"{self.name}: snapshot of step {step}: {why} for {self._stall_s:g} s (timeouts.stall_s)"
-                    )
+    def seal_mirror(self, state: RankState) -> None:
+        self._snapshots.seal_mirror(state)
 
-    def _take_slots(self, state: RankState) -> None:
-        """Segments for this view's layout; the old ones stay with the manager until these are protected."""
-        count = 3 if self._config.spec["checkpoint"] else 2
-        wanted = SlotsWanted(self._label, required_bytes(state.footprint()), count)
-        with self._condition:
-            self._given = None
-        self.note("slots", msgspec.msgpack.encode(wanted))
-        with self._condition:
-            self._wait(
-                lambda: self._given is not None and self._given.label == wanted.label,
-                "segments",
-                heed_view=False,
-            )
-            given = self._given
-        assert given is not None
-        if given.error:
-            raise StorageError(given.error)
-        self._drop_maps()
-        self._maps = [SegmentMap(path, writable=True) for path in given.paths]
-        self._slots = Slots.empty(count)
-        self._pinned.clear()
-        self._slots_label = self._label
+    def release(self) -> float:
+        return self._snapshots.release()
 
-    def _drop_maps(self) -> None:
-        for segment in self._maps:
-            segment.close()
-        self._maps = []
+    def protect(self, step: int, now: bool = False) -> float:
+        return self._snapshots.protect(step, now)
+
+    def background_s(self) -> float:
+        return self._snapshots.take_cpu_s()
 
     # ---- Conductor: faults ------------------------------------------------------------------------------
 
@@ -274,22 +202,29 @@ class RankConductor:
         return factor if step <= until else 1.0
 
     def fault_point(self, phase: str, step: int) -> None:
-        seat = self._seat
-        if not self._faults or seat is None:
+        fault = self._fault_due(phase, step)
+        if fault is None:
             return
+        self._faults.remove(fault)
+        self.note("fault", msgspec.msgpack.encode(FaultReached(fault.index, step)))
+        with self._condition:  # it strikes once in a run: the supervisor has to know before it does
+            self.wait(lambda: fault.index in self._acknowledged, "a scripted fault")
+        if fault.do == "lose":
+            self.note("lose")  # the manager takes all of its domain with it
+            signal.pause()
+        elif fault.do == "slow":
+            self._slow = (fault.factor, step + fault.steps - 1)
+        else:
+            strike(fault)
+
+    def _fault_due(self, phase: str, step: int) -> LiveFault | None:
+        if self._seat is None:
+            return None
         for fault in self._faults:
             due = step >= fault.at_step - 1 if phase == "recovery" else step == fault.at_step
-            if fault.phase == phase and fault.rank == seat.rank and due:
-                self._faults.remove(fault)
-                reached = msgspec.msgpack.encode(FaultReached(fault.index, step))
-                self.note("fault", reached)
-                with self._condition:  # it strikes once in a run: the supervisor has to know before it does
-                    self._wait(lambda index=fault.index: index in self._acknowledged, "a scripted fault")  # type: ignore[misc]
-                if fault.do == "slow":
-                    self._slow = (fault.factor, step + fault.steps - 1)
-                else:
-                    strike(fault)
-                return
+            if fault.phase == phase and fault.rank == self._seat.rank and due:
+                return fault
+        return None
 
     # ---- control thread ---------------------------------------------------------------------------------
 
@@ -320,14 +255,12 @@ class RankConductor:
             mesh.abort(PeerLost(f"view {mesh.view.id} is over: {names}"))
 
     def _on_order(self, order: m.Order) -> None:
-        if order.kind == "slots":
-            self._given = msgspec.msgpack.decode(order.payload, type=SlotsGiven)
-        elif order.kind == "fault":
+        if order.kind == "fault":
             self._acknowledged.add(msgspec.msgpack.decode(order.payload, type=int))
-        elif order.kind == "saved":
-            self._saved.append(msgspec.msgpack.decode(order.payload, type=str))
         elif order.kind == "end":
             self._ended = order.payload.decode(errors="replace")
+        else:
+            self._snapshots.heard(order.kind, order.payload)
 
     def _on_lost(self, reason: str) -> None:
         with self._condition:
@@ -356,7 +289,7 @@ class RankConductor:
             self._mesh = mesh
             self._listener.expect(mesh)
         self._acting = view
-        self._label = (view.id.epoch, view.id.number)
+        self._snapshots.sit(_place(view, rank, plan), (view.base_step, plan.save))
         self._faults = list(plan.faults)
         self._seat = Seat(
             str(view.id),
@@ -373,8 +306,8 @@ class RankConductor:
         if view is not None and not self._over:
             self._send(m.Complaint(view.id, view.members[peer].name, error))
 
-    def _wait(self, ready: Callable[[], bool], what: str, heed_view: bool = True) -> None:
-        """Holds the condition. Raises PeerLost when the view is over, RunOver when the run is."""
+    def wait(self, ready: Callable[[], bool], what: str, heed_view: bool = True) -> None:
+        """For `Snapshots`, too; holds the condition. Raises PeerLost when the view is over, RunOver at the end."""
         while not ready():
             self._check_ended()
             if heed_view and self._over:
@@ -389,3 +322,9 @@ class RankConductor:
 
     def _send(self, message: m.MemberMessage) -> None:
         self._control.send(m.encode(message))
+
+
+def _place(view: m.View, rank: int, plan: ViewPlan) -> Place:
+    group, parity = plan.parity.group_of(rank)
+    members = [(view.members[r].domain, plan.fetch.get(view.members[r].domain, ""), plan.owned[r]) for r in group]
+    return Place((view.id.epoch, view.id.number), rank, members, group.index(rank), parity)

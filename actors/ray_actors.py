@@ -18,7 +18,7 @@ import ray
 
 from everstep.actors.host import run_entry
 from everstep.actors.run_folder import RunFolder, start_time
-from everstep.collectives.addresses import boot_id
+from everstep.collectives.addresses import NODE_VARIABLE, boot_id
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ class Shell:
 
     def run(self, entry: str, config: bytes) -> int:
         """Runs the entry point to its end; returns its exit code."""
+        os.environ[NODE_VARIABLE] = ray.get_runtime_context().get_node_id()
         return run_entry(entry, config)
 
     def leave(self) -> None:

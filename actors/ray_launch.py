@@ -20,7 +20,9 @@ from everstep.actors.ray_supervisor import RunExists, SupervisorFailed, Supervis
 from everstep.actors.run_folder import RunFolder
 from everstep.actors.supervisor_process import SupervisorConfig
 from everstep.platform.cluster.desk import Resume
+from everstep.platform.job.check import check_nodes
 from everstep.platform.job.client import RunHandle
+from everstep.platform.job.errors import SpecError
 from everstep.platform.job.registry import Registration
 from everstep.platform.job.result import RunResult
 from everstep.platform.job.spec import JobSpec
@@ -36,14 +38,24 @@ def launch_ray(
 ) -> RunHandle:
     """Starts the run; `address` (else RAY_ADDRESS) names a cluster, without one a Ray is embedded.
 
-    Raises ConnectionError when there is no such cluster or the supervisor cannot start there.
+    Raises SpecError for what only the cluster can tell, ConnectionError when there is no such cluster or the
+    supervisor cannot start there.
     """
     where = address or os.environ.get("RAY_ADDRESS")
+    if not where:
+        check_nodes(spec, 1)
     try:
         return _RayRun(spec, spec_dir, where, resume, epoch, registration)
+    except SpecError:
+        raise
     except (SupervisorFailed, RunExists, RuntimeError, ValueError) as error:
         place = f"the Ray cluster at {where}" if where else "an embedded local Ray"
         raise ConnectionError(f"the run could not be started on {place}: {error}") from error
+
+
+def _nodes() -> int:
+    nodes: Any = ray.nodes  # untyped
+    return sum(node["Alive"] for node in nodes())
 
 
 class _RayRun:
@@ -83,6 +95,8 @@ class _RayRun:
                 # With what Ray has uploaded named by its URI: only a driver may name local folders.
                 runtime_env = dict(_context().runtime_env)
                 bind = str(_util.get_node_ip_address())
+            if address is not None:
+                check_nodes(spec, _nodes())
             config = SupervisorConfig(
                 spec=spec.to_dict(),
                 spec_dir=actors_dir,

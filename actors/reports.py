@@ -109,7 +109,7 @@ def result_of(books: Books, failure: Failure | None, problem: str, now: float) -
         ranks_final=ledger.ranks,
         recoveries=ledger.recoveries,
         rescales=ledger.rescales,
-        snapshots=ledger.snapshots(),
+        snapshots=ledger.snapshots(desk.interval),
         checkpoints=books.urls,
         findings=books.journal.findings,
         goodput=goodput,

@@ -72,6 +72,7 @@ class Staff:
             domain=domain_of(slot),
             coordinator=self._coordinator,
             frozen_s=self._spec.timeouts.frozen_s,
+            stall_s=self._spec.timeouts.stall_s,
         )
 
     def _rank(self, slot: int, name: str) -> RankConfig:

@@ -255,7 +255,7 @@ class Supervisor:
                 self._staff.handle(st.ManagerUp(watcher.slot, name, control, watcher.fetch))
             case m.WatcherNote("saved", payload):
                 if self._checkpoints is not None:
-                    self._checkpoints.saved(msgspec.msgpack.decode(payload, type=Saved))
+                    self._checkpoints.saved(msgspec.msgpack.decode(payload, type=Saved), watcher.domain)
 
     def _on_member(self, name: str, watcher: Watcher, message: m.MemberMessage) -> None:
         match message:
@@ -364,10 +364,13 @@ class Supervisor:
 
     def _new_folder(self, step: int) -> str:
         assert self._checkpoints is not None
+        phase = self._membership.phase
+        assert isinstance(phase, mb.Gathering | mb.Active)
+        id = phase.id if isinstance(phase, mb.Gathering) else phase.view.id
         files = len(mb.current_members(self._membership))
         row = self._desk.progress.nonfinite_in_a_row
         progress = {"nonfinite_in_a_row": row, "fingerprint": self._admission.fingerprint}
-        return self._checkpoints.begin(step, files, progress)
+        return self._checkpoints.begin((id.epoch, id.number), step, files, progress)
 
     # ---- the end ----------------------------------------------------------------------------------------
 

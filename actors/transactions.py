@@ -7,7 +7,7 @@ supervisor's loop; `phase` may be read from any thread.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -22,6 +22,8 @@ from everstep.platform.cluster import staffing as st
 from everstep.platform.cluster.desk import Judgement
 from everstep.platform.job.result import Failure
 from everstep.platform.job.status import Phase
+from everstep.platform.training.messages import ViewPlan
+from everstep.platform.training.protection import effective_parity, failure_domains
 from everstep.platform.training.recovery import Lost
 
 log = logging.getLogger(__name__)
@@ -49,6 +51,8 @@ class Transactions:
         self._script = script
         self._out = outlets
         self._released: m.ViewId | None = None
+        self._told_damage: set[tuple[str, str]] = set()
+        self._told_protection: tuple[int, int] | None = None
         self.phase: Phase = "starting"
 
     def lost(self, lost: m.Lost, now: float) -> None:
@@ -61,6 +65,7 @@ class Transactions:
     def do(self, command: mb.Command, now: float) -> None:
         match command:
             case mb.SendPrepare(prepare):
+                self._tell_released()  # once more: a manager that died before it heard of it has a successor now
                 self._watchers.tell_all(prepare)
             case mb.Choose(id, members, inventories, stocks):
                 self._choose(id, members, inventories, stocks)
@@ -92,13 +97,29 @@ class Transactions:
         try:
             choice = self._desk.choose(members, inventories, stocks)
         except Lost as error:
+            self._tell_damage()
             self._out.member(mb.Unchoosable(id, str(error)))
             return
+        self._tell_damage()
+        again = False  # where the step that a checkpoint is due at is not done again, the new view writes it
         if self._checkpoints is not None:
-            self._checkpoints.abandon(choice.base_step)
-        payload = msgspec.msgpack.encode(self._desk.plan(choice, self._watchers.fetch_addresses()))
+            again = choice.base_step in self._checkpoints.abandon(choice.base_step, self._desk.sealed)
+        domains = self._failure_domains(members)
+        plan = self._desk.plan(choice, self._watchers.fetch_addresses(), domains, again)
+        payload = msgspec.msgpack.encode(plan)
         log.info("view %s: %s", id, choice.reason)
         self._out.member(mb.Chosen(id, choice.base_step, payload))
+
+    def _failure_domains(self, members: Sequence[m.Member]) -> tuple[str, ...]:
+        setting = self._desk.spec.snapshot.domain
+        return failure_domains(setting, [member.domain for member in members], self._watchers.nodes())
+
+    def _tell_damage(self) -> None:
+        for domain, locator in sorted(self._desk.damaged - self._told_damage):
+            text = f"{domain}: segment {locator} does not match its checksums: it is not used"
+            data = {"syndrome": "silent corruption", "ranks": [], "domain": domain, "segment": locator}
+            self._journal.add("finding", text, data)
+        self._told_damage |= self._desk.damaged
 
     def _acts(self, view: m.View, now: float) -> None:
         names = [member.name for member in view.members]
@@ -108,10 +129,30 @@ class Transactions:
         data = {"view": str(view.id), "step": view.base_step, "ranks": len(names), "members": names}
         self._journal.add("view", text, data)
         self._watchers.tell_members(names, m.Go(view.id))
+        self._tell_protection(view)
         self._out.staff(st.ViewActs(frozenset(names)))
 
+    def _tell_protection(self, view: m.View) -> None:
+        """A finding while fewer domains may be lost together than the job asks for."""
+        plan = msgspec.msgpack.decode(view.payload, type=ViewPlan).parity
+        have, wanted = effective_parity(plan, len(view.members)), self._desk.parity
+        if self._desk.shadow:  # a view of one rank has none
+            have, wanted = int(len(view.members) > 1), 1
+        self._ledger.parity = have
+        if (have, wanted) == self._told_protection or (have >= wanted and self._told_protection is None):
+            return
+        self._told_protection = (have, wanted)
+        if have < wanted:
+            domains = len(set(self._failure_domains(view.members)))
+            who = "1 failure domain carries" if domains == 1 else f"{domains} failure domains carry"
+            text = f"{who} parity {have} of {wanted}: {_exposed(have)}"
+            data = {"syndrome": "unprotected", "ranks": [], "parity": have, "wanted": wanted, "domains": domains}
+            self._journal.add("finding", text, data)
+        else:
+            self._journal.add("protected", f"parity {have} is carried again", {"parity": have})
+
     def _judge(self, view: m.View, step: int, votes: Mapping[str, bytes], now: float) -> None:
-        judgement = self._desk.judge(step, votes)
+        judgement = self._desk.judge(step, votes, self._ledger.since_last(now))
         verdict = judgement.verdict
         if verdict.outcome == "failed":
             kind = "nonfinite" if "finite" in verdict.error else "task"
@@ -121,11 +162,15 @@ class Transactions:
             self._committed(step, judgement, now)
         if verdict.protected_step >= view.base_step and self._released != view.id:
             self._released = view.id  # the new layout is protected: segments of older ones may go
-            self._watchers.tell_all(m.Order("release", msgspec.msgpack.encode(view.id)))
+            self._tell_released()
         payload = msgspec.msgpack.encode(verdict)
         self._out.member(mb.Judged(view.id, step, payload, judgement.finished, verdict.protected_step))
         if judgement.finished:
             self._out.end(None)
+
+    def _tell_released(self) -> None:
+        if self._released is not None:
+            self._watchers.tell_all(m.Order("release", msgspec.msgpack.encode(self._released)))
 
     def _committed(self, step: int, judgement: Judgement, now: float) -> None:
         verdict = judgement.verdict
@@ -135,9 +180,17 @@ class Transactions:
         self._journal.metrics(step, verdict, spent, judgement.votes)
         for recovery in self._ledger.recoveries[known:]:
             self._journal.recovered(recovery)
+        if judgement.reason:
+            self._journal.add("snapshots", judgement.reason, {"step": step, "interval": self._desk.interval})
         if verdict.outcome == "skip":
             self._journal.add("skip", f"step {step} is skipped: loss or gradients are not finite", {"step": step})
         if verdict.last:
             self.phase = "finishing"
         if (ranks := self._script.scales.pop(step, None)) is not None:
             self._out.scale(ranks)
+
+
+def _exposed(parity: int) -> str:
+    return (
+        "the loss of one costs the steps since the newest checkpoint" if not parity else "no more may be lost at once"
+    )

@@ -21,6 +21,7 @@ class Watcher:
     slot: int
     fetch: str
     last_beat: float
+    node: str = ""
     members: set[str] = field(default_factory=set)
 
 
@@ -31,7 +32,7 @@ class Watchers:
 
     def add(self, peer: Peer, said: m.Watching, now: float) -> None:
         self._domain_of[peer.ident] = said.domain
-        self._by_domain[said.domain] = Watcher(peer, said.domain, said.slot, said.fetch, now)
+        self._by_domain[said.domain] = Watcher(peer, said.domain, said.slot, said.fetch, now, said.node)
 
     def of(self, peer: Peer) -> Watcher | None:
         """The watcher behind a stream; None for one that was given up."""
@@ -56,6 +57,10 @@ class Watchers:
 
     def fetch_addresses(self) -> dict[str, str]:
         return {domain: watcher.fetch for domain, watcher in self._by_domain.items()}
+
+    def nodes(self) -> dict[str, str]:
+        """Domain -> the machine that its manager is on."""
+        return {domain: watcher.node for domain, watcher in self._by_domain.items()}
 
     def tell(self, domain: str, message: m.CoordinatorMessage) -> None:
         """To the watcher itself."""

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from pathlib import Path
+from typing import Final
+
+NODE_VARIABLE: Final = "EVERSTEP_NODE"
 
 
 def interface_towards(address: str) -> str:
@@ -13,6 +17,11 @@ def interface_towards(address: str) -> str:
         probe.connect((host, int(port)))
         found: str = probe.getsockname()[0]
     return found
+
+
+def node_name() -> str:
+    """Of this machine: what its scheduler calls it (the variable EVERSTEP_NODE), else its boot."""
+    return os.environ.get(NODE_VARIABLE) or boot_id()
 
 
 def boot_id() -> str:

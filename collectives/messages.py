@@ -107,6 +107,7 @@ class Watching(msgspec.Struct, frozen=True, tag="watching"):
     slot: int
     fetch: str
     pid: int
+    node: str = ""  # the machine, as whoever started it names machines
 
 
 class FromMember(msgspec.Struct, frozen=True, tag="from"):

@@ -6,14 +6,16 @@ Belongs to the supervisor's loop.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
 
 from everstep.collectives.messages import Member
+from everstep.platform.cluster import interval as iv
 from everstep.platform.job.spec import Fault, JobSpec
 from everstep.platform.training.messages import Inventory, LiveFault, Stock, Verdict, ViewPlan, Vote
+from everstep.platform.training.protection import parity_plan
 from everstep.platform.training.recovery import Choice, choose
 from everstep.platform.training.verdict import Progress, Rules, judge_step
 from everstep.storage.index import StateIndex
@@ -40,6 +42,7 @@ class Judgement:
     verdict: Verdict
     votes: Mapping[str, Vote]
     finished: bool = False
+    reason: str = ""  # of a new interval between snapshots
 
 
 @dataclass
@@ -55,13 +58,19 @@ class Desk:
     last_step: int | None = None  # the step after which sealing and hashing follow
     state_sha256: str = ""
     failure: str = ""
+    sealed: dict[tuple[tuple[int, int], int], set[str]] = field(default_factory=dict)  # (view, step) -> domains, then
+    damaged: frozenset[tuple[str, str]] = frozenset()  # (domain, segment) that the members of the newest view found
 
     def __post_init__(self) -> None:
         self.progress = Progress(self.resume.nonfinite_in_a_row)
         self.stored = self.resume  # the newest checkpoint, for when memory cannot serve
         clip = self.spec.train.clip_norm
         self._rules = Rules(self.spec.lanes, clip, self.spec.limits.nonfinite)
+        self.shadow = self.spec.snapshot.redundancy == "shadow"
+        self._pace = iv.Pace(self.spec.snapshot.share)
+        self.interval = 0  # steps between snapshots; 0 where none are taken
         self._progress_at = {self.resume.step: self.progress}
+        self._snapshot_step = self.resume.step  # of the newest one that was begun
         if self.resume.step >= self.spec.steps:
             self.last_step = self.resume.step
 
@@ -71,18 +80,42 @@ class Desk:
         """Raises recovery.Lost."""
         decoded = {name: msgspec.msgpack.decode(data, type=Inventory) for name, data in inventories.items()}
         held = {domain: msgspec.msgpack.decode(data, type=Stock) for domain, data in stocks.items()}
-        choice = choose([m.name for m in members], decoded, held, self.stored.index, initial_step=self.resume.step)
+        names = [m.name for m in members]
+        self.sealed = {}
+        for domain, stock in held.items():
+            for version in stock.versions:
+                self.sealed.setdefault((version.view, version.index.step), set()).add(domain)
+        self.damaged = frozenset(item for inventory in decoded.values() for item in inventory.damaged)
+        choice = choose(names, decoded, held, self.stored.index, self.resume.step, self.shadow)
         self.progress = self._progress_at.get(choice.base_step, self.progress)
         return choice
 
-    def plan(self, choice: Choice, fetch: dict[str, str]) -> ViewPlan:
+    def plan(self, choice: Choice, fetch: dict[str, str], domains: Sequence[str], save: bool = False) -> ViewPlan:
+        """`fetch`: domain -> where its manager serves segments; `domains`: what each rank dies with.
+
+        `save`: the checkpoint of the base step was not finished, and nobody comes to that step again.
+        """
         faults = tuple(f for f in live_faults(self.spec.faults) if f.index not in self.fired)
         final = self.last_step is not None and choice.base_step >= self.last_step
         folder = self.stored.folder if choice.from_checkpoint else ""
-        return ViewPlan(choice.owned, choice.have, folder, faults, self.progress.nonfinite_in_a_row, final, fetch)
+        self._snapshot_step = choice.base_step
+        self._pace = iv.acts(self._pace)
+        return ViewPlan(
+            choice.owned,
+            choice.have,
+            folder,
+            faults,
+            self.progress.nonfinite_in_a_row,
+            final,
+            fetch,
+            choice.shadowed,
+            parity_plan(domains, self.parity),
+            choice.rebuilds,
+            self.new_folder(choice.base_step) if save else "",
+        )
 
-    def judge(self, step: int, votes: Mapping[str, bytes]) -> Judgement:
-        """The one verdict over all votes on `step`."""
+    def judge(self, step: int, votes: Mapping[str, bytes], step_s: float = 0.0) -> Judgement:
+        """The one verdict over all votes on `step`, which took `step_s`."""
         decoded = {name: msgspec.msgpack.decode(data, type=Vote) for name, data in votes.items()}
         kinds = {vote.kind for vote in decoded.values()}
         assert len(kinds) == 1, f"votes of different kinds on step {step}: {sorted(kinds)}"
@@ -99,19 +132,46 @@ class Desk:
         if verdict.outcome == "failed":
             self.failure = verdict.error
             return Judgement(verdict, decoded)
-        last = step >= self.spec.steps or bool(self.stop_reason)
+        # [Note: one at a time] Ranks wait before a step that a snapshot may follow; a stop they cannot foresee.
+        ready = protected >= self._snapshot_step
+        last = step >= self.spec.steps or (bool(self.stop_reason) and ready)
         if last:
             self.last_step = step
         every = self.spec.checkpoint.every if self.spec.checkpoint is not None else 0
         due = every > 0 and (last or step % every == 0)
-        snapshot = last or due or step % snapshot_every(self.spec) == 0
-        folder = self.new_folder(step) if due else ""
-        return Judgement(msgspec.structs.replace(verdict, last=last, snapshot=snapshot, checkpoint=folder), decoded)
+        # A shadow stands in for snapshots; a view of one rank has none.
+        shadowed = self.shadow and len(decoded) > 1 and self.spec.snapshot.every == "auto"
+        interval, gap, reason = self.spec.steps, self.spec.steps, ""
+        if not shadowed:
+            interval, gap, reason = self._paced(step_s, decoded, ready)
+        self.interval = 0 if shadowed else interval
+        snapshot = last or due or (ready and step - self._snapshot_step >= gap)
+        if snapshot:
+            self._snapshot_step = step
+            self._pace = iv.begun(self._pace)
+        verdict = msgspec.structs.replace(
+            verdict,
+            last=last,
+            snapshot=snapshot,
+            interval=0 if self.stop_reason else interval,
+            checkpoint=self.new_folder(step) if due else "",
+        )
+        return Judgement(verdict, decoded, reason=reason)
 
+    def _paced(self, step_s: float, votes: Mapping[str, Vote], protected: bool) -> tuple[int, int, str]:
+        """(interval, steps from the newest snapshot to the next, why if that is news)"""
+        every = self.spec.snapshot.every
+        if every != "auto":
+            return int(every), int(every), ""
+        stall_s = max(vote.stall_s for vote in votes.values())
+        cpu_s = sum(vote.background_s for vote in votes.values())
+        self._pace, reason = iv.decide(self._pace, iv.Step(step_s, stall_s, cpu_s, protected))
+        return self._pace.interval, self._pace.gap, reason
 
-def snapshot_every(spec: JobSpec) -> int:
-    """Steps between snapshots; `auto` is every step until its cost is measured against a share."""
-    return 1 if spec.snapshot.every == "auto" else int(spec.snapshot.every)
+    @property
+    def parity(self) -> int:
+        """How many domains' parity is kept: none where every rank holds everything, or another one's mirror."""
+        return 0 if self.shadow or self.spec.layout.zero == 0 else self.spec.snapshot.parity
 
 
 def live_faults(faults: tuple[Fault, ...]) -> list[LiveFault]:

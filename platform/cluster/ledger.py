@@ -55,8 +55,8 @@ class Ledger:
         self._acting = False
         self._redone_until = start_step
         self.ranks = 0
-        self._stalls: list[float] = []
-        self._snapshots = 0
+        self.parity = 0  # failure domains that may be lost together in the present view
+        self._waits: list[float] = []  # seconds, by snapshot, newest last: of the slowest rank, until the next one
         self._step_times: list[float] = []
         self._fault_at: float | None = None
         self._explained: dict[str, str] = {}
@@ -111,11 +111,12 @@ class Ledger:
         self.step = base_step
         self.ranks = ranks
         self._acting = True
+        self._waits.append(0.0)  # its first snapshot has begun
 
     def committed(self, step: int, verdict: Verdict, stalls: Sequence[float], now: float) -> float:
         """The verdict committed or skipped `step`; returns the seconds it took.
 
-        `stalls` are what the ranks waited for their last snapshots, in seconds; the longest held up the step.
+        `stalls` are what the ranks waited for snapshots since their last votes, in seconds; the longest held it up.
         """
         spent = now - self._mark
         if step <= self._redone_until:
@@ -126,8 +127,10 @@ class Ledger:
             self._booked["productive"] -= moved
             self._booked["snapshot"] += moved
             self.skipped += verdict.outcome == "skip"
-        self._stalls += [s for s in stalls if s > 0]
-        self._snapshots += any(s > 0 for s in stalls)
+        if self._waits:
+            self._waits[-1] += max(stalls, default=0.0)
+        if verdict.snapshot:
+            self._waits.append(0.0)
         self._step_times = [*self._step_times[-_RECENT_STEPS:], spent]
         self.step = step
         self.losses[step] = verdict.loss
@@ -162,13 +165,20 @@ class Ledger:
         self._book("waiting", now)
         return Goodput(**{f"{kind}_s": seconds for kind, seconds in self._booked.items()})
 
-    def snapshots(self) -> Snapshots:
-        median = statistics.median(self._stalls) * 1000 if self._stalls else 0.0
+    def since_last(self, now: float) -> float:
+        """Seconds of the step in flight."""
+        return now - self._mark
+
+    def snapshots(self, interval: int = 0) -> Snapshots:
+        # What the newest one costs is not known yet.
+        median = statistics.median(self._waits[:-1]) * 1000 if self._waits[:-1] else 0.0
         total = self._booked["productive"] + self._booked["snapshot"]
         return Snapshots(
-            count=self._snapshots,
+            count=len(self._waits),
             stall_ms_median=median,
             stall_share=self._booked["snapshot"] / total if total else 0.0,
+            parity=self.parity,
+            interval=interval,
         )
 
     def committed_losses(self) -> list[float]:

@@ -25,17 +25,26 @@ import everstep
 from everstep.platform.job.errors import MISSING, Problem, SpecError
 from everstep.platform.job.facts import TaskFacts
 from everstep.platform.job.spec import JobSpec
+from everstep.platform.training.protection import parity_plan
 
 # Importing torch takes 2 s, reading a corpus of some GB minutes; whatever takes longer is taken to hang.
 CHECK_TIMEOUT_S = 300.0
 _STDERR_LINES = 12
 
-# [Note: shared memory] A rank has two slots of its share (the protected version and the one being written), and a
-# third where checkpoints are written from one; while a view changes, the old layout's and the new one's exist.
-# So 4 x or 6 x of the state with zero 1 and 2, where all ranks together hold it once, and as much for each of
-# ranks.max with zero 0. A rank's share is uneven by a block, and headers and indices take a little: a tenth more.
+# [Note: shared memory] Of a view of n ranks, in copies of the whole state:
+#
+#     zero 1, 2    slots + the sum over its parity groups of (g / n) x 2 m / (g - m)
+#     shadows      slots + 1, for what each rank mirrors; no parity. A rank alone mirrors nothing
+#     zero 0       slots x n: every rank holds everything; no parity
+#
+# slots: two (the protected version and the one being written), three where checkpoints are written from one. A group
+# of g ranks keeps parity of m, also two versions of it. That is a run's steady state. While a view changes, the old
+# one's segments and the new one's exist, and a rank of the old one that was between two snapshots seals its state
+# into one slot more (not with `every: 1`: there is no between). Each further loss before the new view is protected
+# adds a view. Shares are uneven by a block, and headers and indices take a little: a tenth more.
 SLOTS = 2
 SLOTS_WITH_CHECKPOINTS = 3
+PARITY_SEGMENTS = 2
 MARGIN = 1.1
 
 
@@ -70,10 +79,24 @@ def shared_memory_needed(spec: JobSpec, state_bytes: int) -> int:
     return int(MARGIN * copies_of_state(spec) * state_bytes)
 
 
-def copies_of_state(spec: JobSpec) -> int:
-    """Returns how many times the whole state may be in shared memory at once."""
+def copies_of_state(spec: JobSpec) -> float:
+    """Returns how many times the whole state may be in shared memory at once: while one view follows another of the
+    numbers of ranks, within the job's limits, that take most."""
+    worst = max(range(spec.ranks.min, spec.ranks.max + 1), key=lambda ranks: copies_of_view(spec, ranks))
+    between = 0 if spec.snapshot.every == 1 else (worst if spec.layout.zero == 0 else 1)
+    return 2 * copies_of_view(spec, worst) + between
+
+
+def copies_of_view(spec: JobSpec, ranks: int) -> float:
+    """Returns how many times the whole state takes shared memory while a view of so many ranks acts."""
     slots = SLOTS_WITH_CHECKPOINTS if spec.checkpoint is not None else SLOTS
-    return 2 * slots * (spec.ranks.max if spec.layout.zero == 0 else 1)
+    if spec.layout.zero == 0:
+        return slots * ranks
+    if spec.snapshot.redundancy == "shadow":
+        return slots + (ranks > 1)
+    plan = parity_plan([str(rank) for rank in range(ranks)], spec.snapshot.parity)
+    groups = [(len(group), parity) for group, parity in zip(plan.groups, plan.parity, strict=True)]
+    return slots + sum(size / ranks * PARITY_SEGMENTS * parity / (size - parity) for size, parity in groups)
 
 
 def shared_memory(spec: JobSpec, state_bytes: int, shm: Path = Path("/dev/shm")) -> list[Problem]:
@@ -85,8 +108,12 @@ def shared_memory(spec: JobSpec, state_bytes: int, shm: Path = Path("/dev/shm"))
         return [Problem("", MISSING, f"a folder {shm}", f"mount a tmpfs at {shm}", f"no {shm}: {error.strerror}")]
     if free >= needed:
         return []
-    copies = f"{MARGIN} x {copies_of_state(spec)} x"
-    smaller = "a smaller model, layout.zero: 1 or 2" if spec.layout.zero == 0 else "a smaller model"
+    copies = f"{MARGIN} x {copies_of_state(spec):.3g} x"
+    smaller = "a smaller model"
+    if spec.layout.zero == 0:
+        smaller += ", layout.zero: 1 or 2"
+    elif spec.snapshot.redundancy == "parity" and spec.ranks.max > spec.ranks.min:
+        smaller += ", a larger ranks.min (few ranks keep parity at a higher price)"
     return [
         Problem(
             str(shm),
@@ -97,6 +124,23 @@ def shared_memory(spec: JobSpec, state_bytes: int, shm: Path = Path("/dev/shm"))
             "too small for this job's snapshots",
         )
     ]
+
+
+def check_nodes(spec: JobSpec, nodes: int) -> None:
+    """Raises SpecError where so many machines cannot carry the parity that is to survive the loss of machines."""
+    parity = spec.snapshot.parity
+    if spec.snapshot.domain == "node" and parity and nodes <= parity:
+        raise SpecError(
+            [
+                Problem(
+                    "snapshot.parity",
+                    parity,
+                    f"0 to {nodes - 1} ({nodes} failure domain{'s' * (nodes != 1)}: snapshot.domain is node)",
+                    f"use {parity + 1} machines or more, or `--set snapshot.domain=rank` (a machine is not survived)",
+                    "ranks on one machine are one failure domain, not several",
+                )
+            ]
+        )
 
 
 def checkpoint_folder(spec: JobSpec, spec_dir: Path) -> list[Problem]:

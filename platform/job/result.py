@@ -43,12 +43,14 @@ class Rescale(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Snapshots(msgspec.Struct, frozen=True, kw_only=True):
-    """Snapshots taken; what trainers waited for them (median ms; share of step time); parity they had."""
+    """Snapshots taken; what trainers waited for them (median ms a snapshot; share of step time); parity they had;
+    steps from one to the next at the end (0: shadows stood in for them)."""
 
     count: int = 0
     stall_ms_median: float = 0.0
     stall_share: float = 0.0
     parity: int = 0
+    interval: int = 0
 
 
 class Finding(msgspec.Struct, frozen=True, kw_only=True):

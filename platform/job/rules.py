@@ -3,8 +3,10 @@
 | rule                                             | where           |
 |--------------------------------------------------|-----------------|
 | ranks.min <= ranks.max <= lanes                  | `_ranks`        |
+| parity < ranks.max                               | `_parity`       |
 | a fault's rank, step and extra fields make sense | `_fault`        |
 | stall_s >= frozen_s                              | `_timeouts`     |
+| shadows: zero 1 or 2, one a shard                | `_shadows`      |
 | zero <= 2, tensor = pipeline = 1, float32, …     | `_unsupported`  |
 
 What is not built is refused, never ignored. Pure: looks at the job and nothing else.
@@ -21,11 +23,12 @@ if TYPE_CHECKING:
     from everstep.platform.job.spec import Fault, JobSpec
 
 LOG_SINKS = ("jsonl",)
-DOMAINS = ("auto", "rank")
+DOMAINS = ("auto", "rank", "node")
 
 # do -> (fields it needs, fields it may have); a field of another action would be ignored, so it is refused.
 FAULT_FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "kill": (("rank",), ()),
+    "lose": (("rank",), ()),
     "freeze": (("rank",), ("wake_s",)),
     "slow": (("rank", "factor"), ("steps",)),
     "busy": (("rank", "seconds"), ()),
@@ -36,7 +39,7 @@ _OPTIONAL_FAULT_FIELDS = ("rank", "factor", "steps", "wake_s", "seconds", "to")
 
 def problems(spec: JobSpec) -> list[Problem]:
     """Returns every broken rule, in the order of the file."""
-    found = [*_ranks(spec), *_unsupported(spec), *_timeouts(spec)]
+    found = [*_ranks(spec), *_parity(spec), *_unsupported(spec), *_shadows(spec), *_timeouts(spec)]
     for index, fault in enumerate(spec.faults):
         found += _fault(spec, fault, f"faults.{index}")
     return found
@@ -72,6 +75,19 @@ def _ranks(spec: JobSpec) -> Iterator[Problem]:
         )
 
 
+def _parity(spec: JobSpec) -> Iterator[Problem]:
+    domains, parity = spec.ranks.max, spec.snapshot.parity
+    most = max(domains - 1, 1)  # the default of 1 is no mistake of who runs a single rank
+    if parity > most:
+        yield Problem(
+            "snapshot.parity",
+            parity,
+            f"0 to {most} ({domains} failure domains: one a rank, ranks.max)",
+            f"set snapshot.parity to {most} or less, or ranks.max to {parity + 1} or more",
+            f"parity of {parity} domains is kept by more than {parity} domains",
+        )
+
+
 def _timeouts(spec: JobSpec) -> Iterator[Problem]:
     frozen, stall = spec.timeouts.frozen_s, spec.timeouts.stall_s
     if stall < frozen:
@@ -102,10 +118,10 @@ def _unsupported(spec: JobSpec) -> Iterator[Problem]:
         yield refuse("train.compile", spec.train.compile, "false", "false")
     if spec.eval.every:
         yield refuse("eval.every", spec.eval.every, "0", "0")
-    if spec.snapshot.parity > 1:
-        yield refuse("snapshot.parity", spec.snapshot.parity, "0 or 1", "1")
     if spec.snapshot.domain not in DOMAINS:
-        yield refuse("snapshot.domain", spec.snapshot.domain, "auto or rank", "auto")
+        yield refuse(
+            "snapshot.domain", spec.snapshot.domain, "auto, rank or node (labels are designed, not built yet)", "auto"
+        )
     for index, sink in enumerate(spec.log):
         if sink not in LOG_SINKS:
             yield Problem(f"log.{index}", sink, ", ".join(LOG_SINKS), "use `log: [jsonl]`", "not supported yet")
@@ -121,6 +137,27 @@ def _unsupported(spec: JobSpec) -> Iterator[Problem]:
             )
         if spec.checkpoint.init_from is not None:
             yield refuse("checkpoint.init_from", spec.checkpoint.init_from, "null", "null")
+
+
+def _shadows(spec: JobSpec) -> Iterator[Problem]:
+    if spec.snapshot.redundancy != "shadow":
+        return
+    if spec.layout.zero == 0:
+        yield Problem(
+            "snapshot.redundancy",
+            "shadow",
+            "parity, with layout.zero: 0",
+            "use `snapshot.redundancy: parity`, or layout.zero: 1 or 2",
+            "every rank holds the whole state already, so there is nothing to mirror",
+        )
+    if spec.snapshot.parity != 1:
+        yield Problem(
+            "snapshot.parity",
+            spec.snapshot.parity,
+            "1, with snapshot.redundancy: shadow",
+            "use `snapshot.parity: 1`, or `snapshot.redundancy: parity`",
+            "each shard has one shadow",
+        )
 
 
 def _fault(spec: JobSpec, fault: Fault, where: str) -> Iterator[Problem]:

@@ -21,7 +21,7 @@ from everstep.platform.job import loading, rules
 
 Auto = Literal["auto"]
 Phase = Literal["gradient", "reduce", "vote", "verdict", "apply", "gather", "snapshot", "recovery"]
-Action = Literal["kill", "freeze", "slow", "busy", "scale"]
+Action = Literal["kill", "lose", "freeze", "slow", "busy", "scale"]
 
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
 _NAME_RULE = "1 to 63 letters, digits, dots, dashes or underscores, a letter or digit first (it names folders)"
@@ -116,19 +116,22 @@ class Eval(_Part):
 
 
 class Snapshot(_Part):
-    """Snapshots in memory. `auto` is every step for now; parity is what is asked for, the run reports
-    what it has (0 with one domain)."""
+    """Snapshots in memory. `auto` takes them as often as costs at most `share` of step time, and loses at most a
+    minute of work; parity is what is asked for, the run reports what it has (0 with one domain)."""
 
     every: Auto | Annotated[int, Field(ge=1)] = Field(
         "auto", description="auto, or a whole number of steps of 1 or more", examples=["auto"]
     )
-    parity: int = Field(1, ge=0, description="0 or 1 (more is designed, not built yet)", examples=[1])
-    domain: str = Field("auto", min_length=1, description="auto or rank", examples=["auto"])
-
-    @property
-    def interval(self) -> int:
-        """Steps between two snapshots."""
-        return 1 if isinstance(self.every, str) else self.every
+    share: float = Field(
+        0.01, gt=0, le=1, description="a number above 0, at most 1: the part of step time for auto", examples=[0.01]
+    )
+    parity: int = Field(1, ge=0, description="a whole number from 0 to ranks.max - 1", examples=[1])
+    domain: str = Field("auto", min_length=1, description="auto, rank or node", examples=["auto"])
+    redundancy: Literal["parity", "shadow"] = Field(
+        "parity",
+        description="parity (of snapshots) or shadow (each rank mirrors the one before it)",
+        examples=["parity"],
+    )
 
 
 class CheckpointSpec(_Part):
@@ -168,7 +171,8 @@ class Timeouts(_Part):
 class Fault(_Part):
     """One scripted fault, at a step and a phase of it.
 
-    kill: SIGKILL. freeze: SIGSTOP; with `wake_s` SIGCONT when it is declared dead, and the kill only that
+    kill: SIGKILL. lose: SIGKILL of the rank and of its snapshot manager, whose memory is gone: what the loss
+    of a failure domain is. freeze: SIGSTOP; with `wake_s` SIGCONT when it is declared dead, and the kill only that
     many seconds later. slow: computes `factor` times as long for `steps` steps (1 without it). busy: holds
     the interpreter lock for `seconds`. scale: asks for `to` ranks after the step committed (no rank).
     """
@@ -177,7 +181,7 @@ class Fault(_Part):
     rank: Annotated[int, Field(ge=0)] | None = Field(
         None, description="a whole number from 0 to ranks.max - 1", examples=[1]
     )
-    do: Action = Field(description="kill, freeze, slow, busy or scale", examples=["kill"])
+    do: Action = Field(description="kill, lose, freeze, slow, busy or scale", examples=["kill"])
     phase: Phase = Field(
         "gradient",
         description="gradient, reduce, vote, verdict, apply, gather, snapshot or recovery",
@@ -238,7 +242,7 @@ class JobSpec(_Part):
     eval: Eval = Field(default_factory=Eval, description="a map with every", examples=["{every: 0}"])
     snapshot: Snapshot = Field(
         default_factory=Snapshot,
-        description="a map with every, parity and domain",
+        description="a map with every, share, parity, domain and redundancy",
         examples=["{every: auto}"],
     )
     checkpoint: CheckpointSpec | None = Field(

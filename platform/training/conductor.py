@@ -6,7 +6,7 @@ everstep.actors (views and verdicts from a supervisor). All calls come from the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,6 +15,7 @@ import torch
 from everstep.collectives.errors import CollectiveError
 from everstep.collectives.errors import PeerLost as ViewOver
 from everstep.platform.training.exchange import Group
+from everstep.platform.training.layout import Run
 from everstep.platform.training.messages import Inventory, ViewPlan, Vote
 from everstep.platform.training.messages import Verdict as Decided
 from everstep.platform.training.shard import RankState
@@ -39,6 +40,11 @@ class Seat:
     @property
     def ranks(self) -> int:
         return len(self.plan.owned)
+
+    @property
+    def mirrored(self) -> tuple[Run, ...]:
+        """The runs that this rank holds for another ([Note: shadows])."""
+        return self.plan.shadowed[self.rank] if self.plan.shadowed else ()
 
 
 class Conductor(Protocol):
@@ -65,11 +71,31 @@ class Conductor(Protocol):
     def vote(self, seat: Seat, step: int, vote: Vote) -> Decided:
         """Raises ViewOver."""
 
-    def snapshot(self, state: RankState, before_seal: Callable[[], None]) -> float:
-        """Writes and seals the state at its stamp; seconds that training waited."""
+    def snapshot(
+        self,
+        state: RankState,
+        before_seal: Callable[[], None],
+        runs: Sequence[Run] | None = None,
+        wait: bool = False,
+    ) -> float:
+        """Begins to write the state at its stamp ([Note: window]), `runs` of what is held (all); with `wait` returns
+        when it is sealed. Does nothing where that version is there. Seconds that training waited."""
+
+    def seal_mirror(self, state: RankState) -> None:
+        """Writes and seals what is mirrored, at its stamp: others restore from it where its owner is lost."""
+
+    def release(self) -> float:
+        """Returns when the state may change; seconds waited."""
+
+    def protect(self, step: int, now: bool = False) -> float:
+        """Before the vote on `step`: waits for the newest snapshot's protection where a snapshot may follow that
+        step, or `now`; seconds waited. Raises ViewOver."""
 
     def sealed_step(self) -> int:
-        """Step of the newest snapshot that this rank sealed under the present layout, or -1."""
+        """Step of the newest snapshot of the present layout that is sealed here, parity included, or -1."""
+
+    def background_s(self) -> float:
+        """CPU time that snapshots took beside training since this was last asked."""
 
     def fault_point(self, phase: str, step: int) -> None:
         """Scripted faults strike here."""

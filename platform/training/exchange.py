@@ -250,6 +250,7 @@ def _tag(bucket: Bucket, turn: int) -> int:
 
 _GATHER = 1 << 62
 _SHARE = 1 << 61
+_MIRROR = 1 << 59  # 1 << 60: the state hash
 
 
 def gather(state: RankState, owned: Sequence[Sequence[Run]], group: Group | None, timeout_s: float) -> None:
@@ -264,3 +265,27 @@ def share_gradients(store: ShardStore, owned: Sequence[Sequence[Run]], group: Gr
     """ZeRO 0: every owner's reduced runs into every rank's full `store`. Raises PeerLost."""
     if group is not None:
         group.share_parts([[store.view(a, b) for a, b in runs] for runs in owned], _SHARE).wait(timeout_s)
+
+
+def mirror_gradients(
+    store: ShardStore,
+    owned: Sequence[Sequence[Run]],
+    shadowed: Sequence[Sequence[Run]],
+    group: Group | None,
+    timeout_s: float,
+) -> None:
+    """Every owner's reduced runs to the rank that mirrors them; `shadowed` is empty where nobody does.
+
+    Both directions are begun before either is waited for. Raises PeerLost.
+    """
+    if group is None or not shadowed:
+        return
+    works = []
+    for peer in range(group.size):
+        if peer != group.rank and (coming := intersect(shadowed[group.rank], owned[peer])):
+            works.append(group.recv_parts([store.view(a, b) for a, b in coming], peer, _MIRROR))
+    for peer in range(group.size):
+        if peer != group.rank and (going := intersect(owned[group.rank], shadowed[peer])):
+            works.append(group.send_parts([store.view(a, b) for a, b in going], peer, _MIRROR))
+    for work in works:
+        work.wait(timeout_s)

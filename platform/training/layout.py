@@ -149,5 +149,18 @@ def intersect(left: Sequence[Run], right: Sequence[Run]) -> tuple[Run, ...]:
     return tuple(out)
 
 
+def subtract(left: Sequence[Run], right: Sequence[Run]) -> tuple[Run, ...]:
+    """What of `left` is not in `right`; both sorted, neither with runs that overlap."""
+    out = []
+    for start, stop in left:
+        for a, b in intersect(((start, stop),), right):
+            if start < a:
+                out.append((start, a))
+            start = b
+        if start < stop:
+            out.append((start, stop))
+    return tuple(out)
+
+
 def total_of(runs: Iterable[Run]) -> int:
     return sum(stop - start for start, stop in runs)

@@ -6,6 +6,7 @@ import msgspec
 
 from everstep.platform.training.layout import Run
 from everstep.storage.index import StateIndex
+from everstep.storage.parity import ParityIndex
 
 
 class Inventory(msgspec.Struct, frozen=True):
@@ -18,12 +19,61 @@ class Inventory(msgspec.Struct, frozen=True):
     held: tuple[Run, ...]
     live: StateIndex | None
     units: tuple[Run, ...] = ()  # of the model's layout; every rank sends the same
+    mirrored: tuple[Run, ...] = ()  # the part of `held` that another rank owned
+    damaged: tuple[tuple[str, str], ...] = ()  # (domain, locator) whose bytes do not match their checksums
+
+
+class SealedVersion(msgspec.Struct, frozen=True):
+    """A sealed segment: the state of `index` in the layout of `view` (epoch, number)."""
+
+    view: tuple[int, int]
+    locator: str
+    index: StateIndex
+
+
+class ParityVersion(msgspec.Struct, frozen=True):
+    """A sealed parity segment: one position's rows of a group's version."""
+
+    view: tuple[int, int]
+    step: int
+    locator: str
+    index: ParityIndex
 
 
 class Stock(msgspec.Struct, frozen=True):
-    """The sealed versions that a domain's manager holds."""
+    """What a domain's manager holds."""
 
-    versions: tuple[StateIndex, ...]
+    versions: tuple[SealedVersion, ...] = ()
+    parities: tuple[ParityVersion, ...] = ()
+
+
+class ParityPlan(msgspec.Struct, frozen=True):
+    """`groups`: ranks by position, for every group that can keep parity; `parity`: each group's own."""
+
+    groups: tuple[tuple[int, ...], ...]
+    parity: tuple[int, ...]
+
+    def group_of(self, rank: int) -> tuple[tuple[int, ...], int]:
+        """(its group, the group's parity); a group of its own without parity where it is in none."""
+        for group, parity in zip(self.groups, self.parity, strict=True):
+            if rank in group:
+                return group, parity
+        return (rank,), 0
+
+
+class Rebuild(msgspec.Struct, frozen=True):
+    """How a lost domain's payload is decoded: sources of kind "parity" with this holder and locator.
+
+    By position: `payloads` bytes; `data` and `rows` (domain, locator) of what is left, ("", "") of what is not.
+    """
+
+    domain: str
+    locator: str
+    position: int
+    parity: int
+    payloads: tuple[int, ...]
+    data: tuple[tuple[str, str], ...]
+    rows: tuple[tuple[str, str], ...]
 
 
 class LiveFault(msgspec.Struct, frozen=True):
@@ -50,6 +100,10 @@ class ViewPlan(msgspec.Struct, frozen=True):
     nonfinite_in_a_row: int = 0
     final: bool = False  # base step is the last one: only sealing and hashing are left
     fetch: dict[str, str] = {}  # domain -> host:port where its manager serves segments
+    shadowed: tuple[tuple[Run, ...], ...] = ()  # by rank: what it mirrors ([Note: shadows]); (): nobody does
+    parity: ParityPlan = ParityPlan((), ())
+    rebuilds: tuple[Rebuild, ...] = ()
+    save: str = ""  # folder of a checkpoint of the base step, which the former view could not finish
 
 
 class LaneLoss(msgspec.Struct, frozen=True, array_like=True):
@@ -73,11 +127,12 @@ class Vote(msgspec.Struct, frozen=True):
     changed: tuple[int, ...] = ()  # float buffers that a lane of mine changed
     integers: str = ""  # digest of the integer buffers after my lanes; all lanes must agree
     integers_agree: bool = True  # among my own lanes
-    sealed_step: int = -1  # newest snapshot that I have sealed
+    sealed_step: int = -1  # newest snapshot that I have sealed, and whose parity my domain has
     hash_lines: tuple[str, ...] = ()
     compute_s: float = 0.0
     exchange_s: float = 0.0
-    stall_s: float = 0.0  # what the last snapshot cost this rank
+    stall_s: float = 0.0  # what this rank has waited for snapshots since its last vote
+    background_s: float = 0.0  # CPU time that went into snapshots meanwhile: copies, checksums, parity
     samples: int = 0
 
 
@@ -94,6 +149,7 @@ class Verdict(msgspec.Struct, frozen=True):
     changed: tuple[int, ...] = ()
     protected_step: int = -1
     snapshot: bool = True  # write a snapshot after this step
+    interval: int = 1  # steps from one snapshot to the next; by then the former has to be protected
     checkpoint: str = ""  # folder to write this step's snapshot to, or ""
     last: bool = False  # no further step; seal and hash follow
     error: str = ""

@@ -1,10 +1,24 @@
-"""Who owns which units of the flat space, so that a change of ranks moves as few as possible. Pure."""
+"""Who owns which units of the flat space, so that a change of ranks moves as few as possible. Pure.
+
+[Note: ring] With shadows the flat space is a ring: its end is followed by its start. Each rank owns an arc of it, in
+rank order, and mirrors the arc before its own, so what it holds is one arc of two shares. When rank d of n is lost,
+rank d+1 holds d's arc and its own. Cut anew into n-1 even arcs from where d's began, every arc lies inside what its
+owner held already: no owner fetches anything (with units of one size, at least n(n-1) of them). What balance costs
+are the mirrors: arcs begin elsewhere than before, so of what ranks mirror from now on they fetch at most (1/2 + 1/n)
+of the state all together, and none more than its share. A rank that joins makes the others only give up: the ring is
+cut so that it comes last.
+"""
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 
-from everstep.platform.training.layout import Run, intersect, merge_runs
+from everstep.platform.training.layout import Run, intersect, merge_runs, subtract, total_of
+
+# Up to so many ranks, all their places are compared: 128 cuts, 20 ms. Beyond, those next to who left or came, which
+# is as good after one loss.
+_COMPARED = 64
 
 
 def assign(units: Sequence[Run], ranks: int, held: Sequence[Sequence[Run]] = ()) -> tuple[tuple[Run, ...], ...]:
@@ -87,3 +101,67 @@ def moved(before: Sequence[Sequence[Run]], after: Sequence[Sequence[Run]]) -> in
     """Elements that a rank owns in `after` and did not hold in `before` (same rank order)."""
     kept = sum(sum(b - a for a, b in intersect(old, new)) for old, new in zip(before, after, strict=False))
     return sum(b - a for runs in after for a, b in runs) - kept
+
+
+# ---- with shadows: [Note: ring] -------------------------------------------------------------------------
+
+
+def shadows(owned: Sequence[Sequence[Run]]) -> tuple[tuple[Run, ...], ...]:
+    """The runs that each rank mirrors: those of the rank before it; none where there is only one rank."""
+    return tuple(merge_runs(owned[rank - 1]) if len(owned) > 1 else () for rank in range(len(owned)))
+
+
+def assign_arcs(
+    units: Sequence[Run], held: Sequence[Sequence[Run]], mirrored: Sequence[Sequence[Run]]
+) -> tuple[tuple[Run, ...], ...]:
+    """Runs owned by each rank: arcs of the ring in rank order, even to within a unit.
+
+    `units` cover the flat space. `held[r]` is what rank r holds already (empty for a newcomer), `mirrored[r]` the
+    part of it that another owned. Where nobody left or came, owners stay. Else the ring is cut from where some arc
+    began, or what its rank holds: from that of these places from which owners have to fetch the fewest elements, then
+    those who mirror them.
+    """
+    ranks = len(held)
+    assert ranks > 0, "a view has at least one rank"
+    total = units[-1][1] if units else 0
+    held = [merge_runs(runs) for runs in held]
+    before = [subtract(h, merge_runs(m)) for h, m in zip(held, mirrored, strict=True)]
+    there = [rank for rank, runs in enumerate(before) if runs]
+    changes = [r for r in there if not before[r - 1] or _end(before[r - 1], total) != _begin(before[r], total)]
+    if not changes and total_of(run for runs in before for run in runs) == total:
+        return tuple(before)
+    marks = [start for start, _ in units] + [total]
+    near = there if ranks <= _COMPARED else changes
+    beginnings = {(rank, _begin(runs, total)) for rank in near for runs in (before[rank], held[rank])}
+    cuts = [_arcs(marks, ranks, rank, start) for rank, start in sorted(beginnings) or [(0, 0)]]
+    return min(cuts, key=lambda owned: (moved(held, owned), moved(held, shadows(owned))))
+
+
+def _arcs(marks: Sequence[int], ranks: int, first: int, start: int) -> tuple[tuple[Run, ...], ...]:
+    """Rank `first` begins at `start`, the others follow in order. `marks`: where units begin, and the end."""
+    total = marks[-1]
+    owned: list[tuple[Run, ...]] = [()] * ranks
+    begin = start
+    for count in range(1, ranks + 1):
+        rounds, place = divmod(start + total * count // ranks, total) if total else (0, 0)
+        at = bisect_left(marks, place)
+        if at and place - marks[at - 1] <= marks[at] - place:
+            at -= 1
+        end = rounds * total + marks[at]
+        around = [(begin, min(end, total)), (max(begin, total) - total, end - total)]
+        owned[(first + count - 1) % ranks] = merge_runs(run for run in around if run[0] < run[1])
+        begin = end
+    return tuple(owned)
+
+
+def _begin(arc: Sequence[Run], total: int) -> int:
+    """Where an arc of the ring begins; one that goes on over the end of the flat space is two runs."""
+    return arc[-1][0] if _goes_over(arc, total) else arc[0][0]
+
+
+def _end(arc: Sequence[Run], total: int) -> int:
+    return arc[0][1] if _goes_over(arc, total) else arc[-1][1] % total
+
+
+def _goes_over(arc: Sequence[Run], total: int) -> bool:
+    return len(arc) > 1 and (arc[0][0], arc[-1][1]) == (0, total)

@@ -1,7 +1,8 @@
 """The one chooser: from which step a view starts, who owns what, and where the bytes are. Pure.
 
 Newest step first. A step can serve when every byte of its state is in stamped memory of a member
-([Note: stamps]), in a sealed version of a domain that lives, or in the checkpoint that the run was started from.
+([Note: stamps]), in a sealed version of a domain that lives, in what parity can rebuild of those that do not
+(storage/stripes.py), or in the checkpoint that the run was started from.
 A commit that is not covered is rolled back: it is computed again, to equal bits.
 """
 
@@ -11,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from everstep.platform.training.layout import Run
-from everstep.platform.training.messages import Inventory, Stock
-from everstep.platform.training.ownership import assign
+from everstep.platform.training.messages import Inventory, Rebuild, Stock
+from everstep.platform.training.ownership import assign, assign_arcs, shadows
+from everstep.platform.training.protection import rebuilds
 from everstep.storage.index import StateIndex, merge
 
 
@@ -23,6 +25,8 @@ class Choice:
     owned: tuple[tuple[Run, ...], ...]
     from_checkpoint: bool
     reason: str
+    shadowed: tuple[tuple[Run, ...], ...] = ()  # by rank; () without shadows
+    rebuilds: tuple[Rebuild, ...] = ()
 
 
 class Lost(Exception):
@@ -35,8 +39,13 @@ def choose(
     stocks: Mapping[str, Stock],
     checkpoint: StateIndex | None,
     initial_step: int,
+    shadow: bool = False,
 ) -> Choice:
-    """`ranks`: the coming view's members in rank order. Raises Lost with what is missing at each step."""
+    """`ranks`: the coming view's members in rank order; `shadow`: each mirrors the one before it.
+
+    Raises Lost with what is missing at each step.
+    """
+    damaged = frozenset(item for inventory in inventories.values() for item in inventory.damaged)
     by_step: dict[int, list[StateIndex]] = {}
     for name in sorted(inventories):
         live = inventories[name].live
@@ -44,23 +53,39 @@ def choose(
             by_step.setdefault(live.step, []).append(live)
     for domain in sorted(stocks):
         for version in stocks[domain].versions:
-            by_step.setdefault(version.step, []).append(version)
+            if (domain, version.locator) not in damaged:
+                by_step.setdefault(version.index.step, []).append(version.index)
+        for parity in stocks[domain].parities:
+            by_step.setdefault(parity.step, [])
     if checkpoint is not None:
         by_step.setdefault(checkpoint.step, []).append(checkpoint)
     held = [inventories[name].held for name in ranks]
     units = next(inventories[name].units for name in ranks)
-    owned = assign(units, len(ranks), held)
+    if shadow:
+        owned = assign_arcs(units, held, [inventories[name].mirrored for name in ranks])
+        shadowed = shadows(owned)
+    else:
+        owned, shadowed = assign(units, len(ranks), held), ()
     holes = []
     for step in sorted(by_step, reverse=True):
-        merged = merge(*by_step[step])
-        missing = merged.missing()
-        if not missing:
+        decoded: tuple[Rebuild, ...] = ()
+        merged = merge(*by_step[step]) if by_step[step] else None
+        missing = merged.missing() if merged is not None else []
+        if (missing or merged is None) and (lost := rebuilds(step, stocks, damaged)):
+            merged = merge(*by_step[step], *(index for _, index in lost))
+            missing = merged.missing()
+            decoded = tuple(rebuild for rebuild, _ in lost)
+        if merged is not None and not missing:
             from_checkpoint = checkpoint is not None and step == checkpoint.step
             reason = f"step {step} is the newest that is covered"
-            return Choice(step, merged, owned, from_checkpoint, reason)
+            if decoded:
+                reason += f", with {', '.join(rebuild.domain for rebuild in decoded)} rebuilt from parity"
+            return Choice(step, merged, owned, from_checkpoint, reason, shadowed, decoded)
+        if not missing:
+            continue  # parity alone, of data that is nowhere
         name, kind, start, stop = missing[0]
         holes.append(f"step {step}: {len(missing)} ranges, first {name}/{kind}[{start}:{stop}]")
     if initial_step == 0:
         why = "no step is covered, the initial state is built from the seed" if holes else "the run starts"
-        return Choice(0, None, owned, from_checkpoint=False, reason=why)
+        return Choice(0, None, owned, from_checkpoint=False, reason=why, shadowed=shadowed)
     raise Lost("no step is covered by the memory that is left: " + "; ".join(holes))

@@ -1,5 +1,5 @@
 """Brings a rank's state to a view's base step: own stamped memory ([Note: stamps]) first, then segments,
-then files.
+then what parity rebuilds, then files.
 
 Everything goes through `plan()`. Belongs to the training thread.
 """
@@ -18,17 +18,20 @@ from everstep.platform.training.shard import Place, RankState
 from everstep.storage.index import Source, StateIndex, merge
 from everstep.storage.planner import Copy, Want, plan
 
-_COST = {"live": 0, "segment": 2, "file": 3}
+_COST = {"live": 0, "segment": 2, "parity": 3, "file": 4}
 
 
 def restore(state: RankState, runs: Sequence[Run], seat: Seat, conductor: Conductor) -> None:
-    """Afterwards `state` holds `runs` at `seat.base_step`, stamped. Raises ViewOver, or StorageError."""
-    have = seat.plan.have
+    """Afterwards `state` holds `runs`, and what it mirrors, at `seat.base_step`, stamped.
+
+    Raises ViewOver, or StorageError.
+    """
+    have, mirrored = seat.plan.have, seat.mirrored
     if have is None:
-        state.hold(runs)
+        state.hold(runs, mirrored)
         state.reset()
         return
-    if state.stamp == seat.base_step and state.held == merge_runs(runs):
+    if state.stamp == seat.base_step and (state.own, state.mirrored) == (merge_runs(runs), merge_runs(mirrored)):
         return
     kept: list[Place] = []
     usable = StateIndex(have.step, have.tensors, tuple(f for f in have.fragments if f.source.kind != "live"))
@@ -36,7 +39,7 @@ def restore(state: RankState, runs: Sequence[Run], seat: Seat, conductor: Conduc
     if live is not None and live.step == have.step:
         kept = list(state.places())
         usable = merge(usable, live)
-    state.hold(runs)
+    state.hold(runs, mirrored)
 
     def cost(source: Source, _want: Want) -> int:
         return 1 if source.kind == "segment" and conductor.own_domain(source.holder) else _COST[source.kind]

@@ -24,7 +24,15 @@ import torch
 
 from everstep.collectives.errors import CollectiveError, CollectiveTimeout
 from everstep.platform.training.conductor import Conductor, RunOver, Seat, ViewOver
-from everstep.platform.training.exchange import Bucket, GradientPool, Reduction, buckets_of, gather, share_gradients
+from everstep.platform.training.exchange import (
+    Bucket,
+    GradientPool,
+    Reduction,
+    buckets_of,
+    gather,
+    mirror_gradients,
+    share_gradients,
+)
 from everstep.platform.training.lanes import lanes_of
 from everstep.platform.training.messages import Inventory, LaneLoss, Verdict, Vote
 from everstep.platform.training.randomness import KeyedRandomness
@@ -310,8 +318,10 @@ class Session:
             attempt.reduction.finish(state.reduced)
             if self.settings.zero == 0:
                 share_gradients(state.reduced, owned, seat.group, self.settings.stall_s)
+            mirror_gradients(state.reduced, owned, seat.plan.shadowed, seat.group, self.settings.stall_s)
             exchanged = time.perf_counter()
             conductor.fault_point("vote", step)
+            self._stall_s += conductor.protect(step)
             vote = self._vote(attempt, owned[seat.rank], computed - attempt.started, exchanged - computed)
             verdict = conductor.vote(seat, step, vote)
             self._decided = (step, verdict)
@@ -320,11 +330,13 @@ class Session:
                 raise RunOver(verdict.error)
             factor = self.task.schedule(step - 1) if self.task is not None else 1.0
             midway = lambda: conductor.fault_point("apply", step)  # noqa: E731
+            self._stall_s += conductor.release()
             state.apply(step, verdict, self.settings.lanes, factor, attempt.integers or [], midway)
             self._last = verdict.last
             self._announce(step, verdict)
             if verdict.snapshot:
-                self._stall_s = conductor.snapshot(state, lambda: conductor.fault_point("snapshot", step))
+                sealing = lambda: conductor.fault_point("snapshot", step)  # noqa: E731
+                self._stall_s += conductor.snapshot(state, sealing, state.own)
             self._attempt = None
             began = time.perf_counter()
             conductor.fault_point("gather", step)
@@ -336,6 +348,7 @@ class Session:
         digest = hashlib.sha256(
             b"".join(t.contiguous().numpy().tobytes() for t in attempt.integers or [])
         ).hexdigest()
+        stall_s, self._stall_s = self._stall_s, 0.0
         return Vote(
             "step",
             losses=tuple(attempt.losses),
@@ -348,7 +361,8 @@ class Session:
             sealed_step=self._conductor.sealed_step(),
             compute_s=compute_s,
             exchange_s=exchange_s + self._exchange_s,
-            stall_s=self._stall_s,
+            stall_s=stall_s,
+            background_s=self._conductor.background_s(),
             samples=attempt.samples,
         )
 
@@ -389,7 +403,7 @@ class Session:
             self._gather(seat)
             marks.append(time.perf_counter())
             self._last = False
-            self._stall_s = conductor.snapshot(state, lambda: None)
+            self._stall_s = conductor.snapshot(state, lambda: None, state.own)  # goes on while training does
             marks.append(time.perf_counter())
         self._seat = seat
         spent = " ".join(
@@ -401,10 +415,12 @@ class Session:
     def _inventory(self) -> Inventory:
         """What this rank offers; unsealed stamped state is sealed first, so that others can read it."""
         state, conductor = self.state, self._conductor
-        if state.stamp != TORN and state.held and conductor.sealed_step() != state.stamp:
+        if state.stamp != TORN and state.held:
             with torch.no_grad():
-                conductor.snapshot(state, lambda: None)
-        return Inventory(state.stamp, state.held, None, state.layout.units)
+                conductor.snapshot(state, lambda: None, state.own, wait=True)
+                if state.mirrored:
+                    conductor.seal_mirror(state)
+        return Inventory(state.stamp, state.held, None, state.layout.units, state.mirrored)
 
     def _stand(self, error: CollectiveError) -> None:
         self._attempt = None
@@ -415,11 +431,13 @@ class Session:
     def _finish(self, seat: Seat) -> None:
         """The last step is committed: seal it everywhere, hash it, and end."""
         step = self.state.stamp
+        self._stall_s += self._conductor.protect(step + 1, now=True)
         self._conductor.vote(
             seat, step + 1, Vote("seal", sealed_step=self._conductor.sealed_step(), stall_s=self._stall_s)
         )
         with torch.no_grad():
-            lines = hash_lines(self.state, seat.plan.owned, seat.group, self.settings.stall_s)
+            everywhere = self.settings.zero == 0
+            lines = hash_lines(self.state, seat.plan.owned, seat.group, self.settings.stall_s, everywhere)
         self._conductor.vote(
             seat, step + 2, Vote("hash", hash_lines=lines, sealed_step=self._conductor.sealed_step())
         )

@@ -5,6 +5,10 @@ Three stores, all float32 in flat order, each tensor at a 64-byte boundary:
 - `master`: this rank's runs only; the optimizer works on pieces of it;
 - `reduced`: the reduced gradients of the same runs.
 
+[Note: shadows] A rank may hold runs that another owns, and apply the same reduced gradients to them: `mirrored`. The
+rest of what it holds is `own`: what it votes on and what its snapshots and its part of a checkpoint contain. Nothing
+else tells the two apart, so a mirror has its owner's bits at every stamp.
+
 [Note: stamps] `stamp` is the step whose state master, optimizer tensors and buffers hold, or TORN while they
 are being written; `compute_stamp` says the same of `compute`. Torn memory is never a source for recovery.
 
@@ -14,12 +18,13 @@ Belongs to the training thread.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from everstep.platform.training.layout import FlatLayout, Piece, Run, aligned, merge_runs
+from everstep.platform.training.layout import FlatLayout, Piece, Run, aligned, intersect, merge_runs
 from everstep.platform.training.messages import Verdict
 from everstep.platform.training.optimizers import OptimizerSet
 from everstep.storage.index import Fragment, Source, StateIndex, TensorMeta
@@ -100,16 +105,20 @@ class RankState:
         self.stamp = 0
         self.compute_stamp = 0
         self.held: tuple[Run, ...] = ()
+        self.own: tuple[Run, ...] = ()
+        self.mirrored: tuple[Run, ...] = ()
         self.master = ShardStore(())
         self.reduced = ShardStore(())
         self.pieces: list[Piece] = []
 
     # ---- ownership --------------------------------------------------------------------------------------
 
-    def hold(self, runs: Sequence[Run]) -> None:
-        """Takes new, unstamped stores for `runs`; what they shall contain comes with `wants` and `install`."""
+    def hold(self, runs: Sequence[Run], mirrored: Sequence[Run] = ()) -> None:
+        """Takes new, unstamped stores for `runs` and what is `mirrored`, which does not overlap with them; what they
+        shall contain comes with `wants` and `install`."""
         self.stamp = TORN
-        self.held = merge_runs(runs)
+        self.own, self.mirrored = merge_runs(runs), merge_runs(mirrored)
+        self.held = merge_runs([*self.own, *self.mirrored])
         self.master = ShardStore(self.held)
         self.reduced = ShardStore(self.held)
         self.pieces = self.layout.pieces(self.held)
@@ -265,23 +274,35 @@ class RankState:
         metas += [TensorMeta(n, "buffer", dtype_name(b), tuple(b.shape)) for n, b in self.integers]
         return tuple(sorted(metas, key=lambda meta: meta.key))
 
-    def places(self) -> Iterator[Place]:
-        """Everything that this rank holds, in a fixed order."""
+    def places(self, runs: Sequence[Run] | None = None) -> Iterator[Place]:
+        """What of `runs` this rank holds, in a fixed order; without `runs` everything."""
         positions = {name: i for i, (name, _) in enumerate(self.params)}
         seen: set[tuple[str, str]] = set()  # a scalar is there once, however many pieces of its tensor are held
-        for piece in self.pieces:
+        for piece, part in self._parts(runs):
             tensor = piece.tensor
             kind = "buffer" if tensor.is_buffer else "param"
-            data = self.master.view(piece.flat, piece.flat + piece.numel)
-            yield Place(TensorMeta(tensor.name, kind, "float32", tensor.shape), piece.start, piece.stop, data)
+            data = self.master.view(part.flat, part.flat + part.numel)
+            yield Place(TensorMeta(tensor.name, kind, "float32", tensor.shape), part.start, part.stop, data)
             if not tensor.is_buffer and positions[tensor.name] in self.touched:
                 for meta, start, stop, flat in self.optimizers.places(piece):
-                    if self.optimizers.like_param(tensor.name, meta.kind) or meta.key not in seen:
+                    if self.optimizers.like_param(tensor.name, meta.kind):
+                        yield Place(meta, part.start, part.stop, flat[part.start - start : part.stop - start])
+                    elif meta.key not in seen:
                         seen.add(meta.key)
                         yield Place(meta, start, stop, flat)
         for (name, _), committed in zip(self.integers, self._integers, strict=True):
             meta = TensorMeta(name, "buffer", dtype_name(committed), tuple(committed.shape))
             yield Place(meta, 0, meta.numel, committed.reshape(-1))
+
+    def _parts(self, runs: Sequence[Run] | None) -> Iterator[tuple[Piece, Piece]]:
+        """(held piece, the part of it inside `runs`), in flat order."""
+        if runs is None:
+            yield from ((piece, piece) for piece in self.pieces)
+            return
+        starts = [piece.flat for piece in self.pieces]
+        for wanted in self.layout.pieces(intersect(self.held, runs)):
+            at = bisect_left(starts, wanted.flat + 1) - 1
+            yield self.pieces[at], wanted
 
     def live_index(self, member: str) -> StateIndex | None:
         """Stamped memory as an index; None while torn."""
@@ -291,9 +312,10 @@ class RankState:
         fragments = [Fragment(p.meta.name, p.meta.kind, p.start, p.stop, source, 0) for p in self.places()]
         return StateIndex(self.stamp, self.metas(), tuple(fragments))
 
-    def footprint(self) -> Iterator[tuple[TensorMeta, int, int]]:
-        """(tensor, start, stop) of the largest snapshot of this rank: every optimizer tensor counted."""
-        for piece in self.pieces:
+    def footprint(self, runs: Sequence[Run] | None = None) -> Iterator[tuple[TensorMeta, int, int]]:
+        """(tensor, start, stop) of the largest snapshot of `runs`, of whichever rank, or of all that is held: every
+        optimizer tensor counted."""
+        for piece in self.pieces if runs is None else self.layout.pieces(runs):
             kind = "buffer" if piece.tensor.is_buffer else "param"
             yield TensorMeta(piece.tensor.name, kind, "float32", piece.tensor.shape), piece.start, piece.stop
             if not piece.tensor.is_buffer:

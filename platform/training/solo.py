@@ -5,14 +5,14 @@ This is what `es.Session` uses outside of a job, and what every other way of hol
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from everstep.collectives.errors import CollectiveError
 from everstep.platform.training.conductor import RunOver, Seat
-from everstep.platform.training.layout import merge_runs
+from everstep.platform.training.layout import Run, merge_runs
 from everstep.platform.training.messages import Inventory, Verdict, ViewPlan, Vote
 from everstep.platform.training.verdict import Progress, Rules, judge_step
 from everstep.storage.planner import Copy
@@ -61,12 +61,30 @@ class Solo:
             raise RunOver(verdict.error)
         return verdict
 
-    def snapshot(self, state: RankState, before_seal: Callable[[], None]) -> float:
+    def snapshot(
+        self,
+        state: RankState,
+        before_seal: Callable[[], None],
+        runs: Sequence[Run] | None = None,
+        wait: bool = False,
+    ) -> float:
         before_seal()
+        return 0.0
+
+    def seal_mirror(self, state: RankState) -> None:
+        raise AssertionError("a rank that is alone mirrors nobody")
+
+    def release(self) -> float:
+        return 0.0
+
+    def protect(self, step: int, now: bool = False) -> float:
         return 0.0
 
     def sealed_step(self) -> int:
         return -1
+
+    def background_s(self) -> float:
+        return 0.0
 
     def fault_point(self, phase: str, step: int) -> None:
         pass

@@ -29,21 +29,23 @@ class _Part(msgspec.Struct, array_like=True):
 
 
 def hash_lines(
-    state: RankState, owned: Sequence[Sequence[Run]], group: Group | None, timeout_s: float
+    state: RankState, owned: Sequence[Sequence[Run]], group: Group | None, timeout_s: float, everywhere: bool
 ) -> tuple[str, ...]:
-    """This rank's lines: tensor i of the sorted state is hashed by rank i modulo ranks. Raises ViewOver."""
+    """This rank's lines: tensor i of the sorted state is hashed by rank i modulo ranks. Raises ViewOver.
+
+    `everywhere`: every rank holds everything (ZeRO 0), so nothing needs to be sent.
+    """
     metas = state.metas()
     position = {meta.key: i for i, meta in enumerate(metas)}
     rank, ranks = (group.rank, group.size) if group is not None else (0, 1)
     outgoing: list[list[_Part]] = [[] for _ in range(ranks)]
-    for place in state.places():
+    for place in state.places(None if everywhere else owned[rank]):
         index = position[place.meta.key]
         outgoing[index % ranks].append(
             _Part(index, place.start, place.tensor.contiguous().view(torch.uint8).numpy().tobytes())
         )
-    whole = sum(stop - start for start, stop in state.held) == state.layout.total  # ZeRO 0: nothing to send
     incoming = list(outgoing[rank])
-    if group is not None and not whole:
+    if group is not None and not everywhere:
         for data in _exchange(group, [msgspec.msgpack.encode(parts) for parts in outgoing], timeout_s):
             incoming += msgspec.msgpack.decode(data, type=list[_Part])
     parts: dict[int, dict[int, bytes]] = {}

@@ -169,8 +169,9 @@ def outcome_lines(result: RunResult) -> list[str]:
     if result.skipped:
         lines.append(f"  skipped       {result.skipped} steps, not finite")
     if result.snapshots.count:
+        every = f", one every {result.snapshots.interval} steps" if result.snapshots.interval > 1 else ""
         lines.append(
-            f"  snapshots     {result.snapshots.count}, stall {result.snapshots.stall_ms_median:.1f} ms,"
+            f"  snapshots     {result.snapshots.count}{every}, stall {result.snapshots.stall_ms_median:.1f} ms,"
             f" {100 * result.snapshots.stall_share:.1f} % of step time, parity {result.snapshots.parity}"
         )
     lines.append(f"  state_sha256  {result.state_sha256 or '-'}")
