@@ -64,6 +64,7 @@ def job_dict(task: str = "Mlp", *, args: dict[str, Any] | None = None, **changes
         "lanes": 8,
         "lane_batch": 4,
         "ranks": {"min": 1, "max": 3, "spares": 0},
+        "snapshot": {"every": 1},  # so that a loss costs a step at most
         "train": {"clip_norm": 0.5, "warmup": 4, "optimizer": {"lr": 3e-3, "weight_decay": 0.01}},
     } | changes
 

@@ -210,7 +210,11 @@ class Watcher(Process):
     def _stock(self) -> bytes:
         """What the seals say, whoever wrote them."""
         versions = [
-            index_of(segment.seal[0], segment.values, Source("segment", self.domain, segment.ident))
+            training.SealedVersion(
+                (cut.view.epoch, cut.view.number),
+                segment.ident,
+                index_of(segment.seal[0], segment.values, Source("segment", self.domain, segment.ident)),
+            )
             for cut in self.home.cuts
             for segment in cut.segments
             if segment.seal is not None

@@ -23,6 +23,7 @@ from everstep.storage.segment import SegmentMap, Writer, create_segment, read_se
 pytestmark = pytest.mark.usefixtures("leaves_nothing_behind")
 W = TensorMeta("w", "param", "float32", (100,))
 RANKS = 2
+VIEW = (1, 1)
 WAIT_S = 10.0
 PROGRESS = {"nonfinite_in_a_row": 1}
 
@@ -37,9 +38,12 @@ class Office:
         self.desk = CheckpointDesk(JobSpec.parse(plain), folder, epoch, lambda *news: self.done.put(news))
 
     def begin(self, step: int) -> str:
-        folder = self.desk.begin(step, RANKS, dict(PROGRESS))
+        folder = self.desk.begin(VIEW, step, RANKS, dict(PROGRESS))
         assert Path(folder).is_dir()
         return folder
+
+    def saved(self, saved: Saved) -> None:
+        self.desk.saved(saved, f"slot-{saved.file}")
 
     def write(self, folder: str, step: int, rank: int) -> Saved:
         """What a manager says after it has written a rank's file."""
@@ -61,7 +65,7 @@ class Office:
     def checkpoint(self, step: int) -> str:
         folder = self.begin(step)
         for rank in range(RANKS):
-            self.desk.saved(self.write(folder, step, rank))
+            self.saved(self.write(folder, step, rank))
         assert self.news() == (folder, step, "")
         return folder
 
@@ -86,11 +90,11 @@ def office(tmp_path: Path) -> Iterator[Office]:
 def test_a_checkpoint_is_there_when_the_last_rank_has_written_its_file(office: Office) -> None:
     folder = office.begin(5)
     assert Path(folder).is_relative_to(office.folder / "runs" / "job" / "job")
-    office.desk.saved(office.write(folder, 5, 1))
+    office.saved(office.write(folder, 5, 1))
     assert office.desk.busy
     assert office.done.empty()
     assert find_newest(office.desk.root).manifest is None
-    office.desk.saved(office.write(folder, 5, 0))
+    office.saved(office.write(folder, 5, 0))
     assert office.news() == (folder, 5, "")
     checkpoint = Checkpoint.open(folder)
     checkpoint.verify()
@@ -111,7 +115,7 @@ def test_a_file_that_could_not_be_written_fails_its_checkpoint_only(office: Offi
     folder = office.begin(5)
     reports = [Saved(folder, 5, "rank-00001.safetensors", error="no space left"), office.write(folder, 5, 0)]
     for report in reports if first else reversed(reports):
-        office.desk.saved(report)
+        office.saved(report)
     assert office.news() == (folder, 5, "no space left")
     assert find_newest(office.desk.root).manifest is None
     assert not Path(folder, "manifest.json").exists()
@@ -124,7 +128,7 @@ def test_a_file_that_is_not_what_was_reported_makes_no_checkpoint(office: Office
     with open(Path(folder, "rank-00001.safetensors"), "ab") as file:
         file.write(b"x")
     for report in reports:
-        office.desk.saved(report)
+        office.saved(report)
     at, step, error = office.news()
     assert (at, step) == (folder, 5)
     assert "rank-00001.safetensors" in error
@@ -140,7 +144,7 @@ def test_an_unexpected_error_is_told_too(office: Office, monkeypatch: pytest.Mon
     monkeypatch.setattr(module, "version", fail)
     folder = office.begin(5)
     for rank in range(RANKS):
-        office.desk.saved(office.write(folder, 5, rank))
+        office.saved(office.write(folder, 5, rank))
     assert office.news() == (folder, 5, "everstep is not installed")
     office.desk.close()
     assert not office.desk.busy
@@ -148,23 +152,35 @@ def test_an_unexpected_error_is_told_too(office: Office, monkeypatch: pytest.Mon
 
 def test_what_a_view_that_ended_had_not_sealed_is_abandoned(office: Office) -> None:
     sealed, unsealed = office.begin(5), office.begin(6)
-    office.desk.saved(office.write(unsealed, 6, 0))
-    office.desk.abandon(5)
+    office.saved(office.write(unsealed, 6, 0))
+    slots = {f"slot-rank-{rank:05d}.safetensors" for rank in range(RANKS)}
+    assert office.desk.abandon(5, {(VIEW, 5): slots, (VIEW, 6): slots}) == {6}
     folder, step, error = office.news()
     assert (folder, step) == (unsealed, 6)
     assert "its view ended" in error
-    office.desk.saved(office.write(unsealed, 6, 1))  # it comes too late
+    office.saved(office.write(unsealed, 6, 1))  # it comes too late
     for rank in range(RANKS):
-        office.desk.saved(office.write(sealed, 5, rank))
+        office.saved(office.write(sealed, 5, rank))
     assert office.news() == (sealed, 5, ""), "sealed everywhere, so its managers still write it"
     again = office.checkpoint(6)
     assert again != unsealed, "a name is used once"
-    office.desk.abandon(0)
+    office.desk.abandon(0, {})
     assert office.done.empty(), "what is finished is finished"
 
 
+def test_a_file_that_nobody_will_write_is_not_waited_for(office: Office) -> None:
+    """The base step is the checkpoint's, and a rank that is lost had not sealed it: its shadow has what it owned."""
+    written, lost = "slot-rank-00000.safetensors", "slot-rank-00001.safetensors"
+    folder = office.begin(5)
+    office.saved(office.write(folder, 5, 0))
+    assert office.desk.abandon(5, {(VIEW, 5): {lost}}) == set(), "one is written, the other will be"
+    assert office.desk.abandon(5, {(VIEW, 5): {written}, ((1, 2), 5): {lost}, (VIEW, 4): {lost}}) == {5}
+    assert office.news()[:2] == (folder, 5)
+    assert not office.desk.busy
+
+
 def test_only_the_newest_are_kept_and_half_written_ones_go(office: Office) -> None:
-    office.desk.saved(Saved("/somewhere/else", 1, "file"))
+    office.saved(Saved("/somewhere/else", 1, "file"))
     for step in (1, 2):
         office.checkpoint(step)
     in_progress = office.begin(3)
@@ -186,7 +202,7 @@ def test_a_folder_that_is_begun_or_being_finished_while_others_are_collected_sta
             begun.append(office.begin(2))
             begun.append(office.begin(3))
             for rank in range(RANKS):
-                office.desk.saved(office.write(begun[0], 2, rank))
+                office.saved(office.write(begun[0], 2, rank))
         return collect(*args, **kwargs)
 
     monkeypatch.setattr(module, "collect", slowly)
@@ -194,13 +210,13 @@ def test_a_folder_that_is_begun_or_being_finished_while_others_are_collected_sta
     assert office.news() == (begun[0], 2, "")
     assert Path(begun[1]).is_dir()
     for rank in range(RANKS):
-        office.desk.saved(office.write(begun[1], 3, rank))
+        office.saved(office.write(begun[1], 3, rank))
     assert office.news() == (begun[1], 3, "")
 
 
 def test_an_abandoned_folder_is_collected_with_the_next_checkpoint(office: Office) -> None:
     office.begin(7)
-    office.desk.abandon(0)
+    assert office.desk.abandon(0, {}) == {7}
     office.news()
     office.checkpoint(8)
     office.desk.close()
@@ -221,7 +237,7 @@ def test_checkpoints_of_another_execution_count_and_those_of_a_newer_one_are_lef
 def test_a_storage_that_refuses_a_folder_is_told_and_raises_nothing(office: Office) -> None:
     office.desk.root.parent.mkdir(parents=True)
     office.desk.root.write_text("a file is in the way")
-    assert office.desk.begin(5, RANKS, dict(PROGRESS)) == ""
+    assert office.desk.begin(VIEW, 5, RANKS, dict(PROGRESS)) == ""
     folder, step, error = office.news()
     assert (folder, step) == ("", 5)
     assert "cannot create a checkpoint's folder" in error

@@ -21,7 +21,7 @@ from everstep.collectives.handshake import NONCE_BYTES, PROOF_BYTES, proof
 from everstep.storage.errors import SegmentDamaged
 from everstep.storage.index import Fragment, Source, StateIndex, TensorMeta
 from everstep.storage.planner import Copy, Want, plan
-from everstep.storage.segment import SegmentMap, Writer, create_segment, read_index, read_seal, required_bytes
+from everstep.storage.segment import SegmentMap, Writer, create_segment, read_index, read_seal, required_bytes, verify
 
 pytestmark = pytest.mark.usefixtures("leaves_nothing_behind")
 TOKEN = "a token"
@@ -53,11 +53,15 @@ class Domain:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.index = write(folder / "good.seg")
-        self.server = FetchServer("127.0.0.1", TOKEN, self.resolve)
+        self.server = FetchServer("127.0.0.1", TOKEN, self)
 
     def resolve(self, locator: str) -> str | None:
         path = self.folder / locator
         return str(path) if path.is_file() else None
+
+    def verified(self, locator: str) -> None:
+        with SegmentMap(self.folder / locator, writable=False) as segment:
+            verify(segment)
 
     def copies(self, *ranges: tuple[str, int, int]) -> list[tuple[Copy, memoryview]]:
         assert self.index is not None
@@ -132,7 +136,8 @@ def _asked(domain: Domain, ranges: object, token: str = TOKEN) -> socket.socket:
     nonce = b"n" * NONCE_BYTES
     connection.sendall(nonce)
     answer = connection.recv(NONCE_BYTES + PROOF_BYTES, socket.MSG_WAITALL)
-    request = ranges if isinstance(ranges, bytes) else msgspec.msgpack.encode(ranges)
+    items = [module.Range(*item) for item in ranges] if isinstance(ranges, list) else []
+    request = ranges if isinstance(ranges, bytes) else msgspec.msgpack.encode(module.Ranges(items))
     given = proof(token, "client", nonce, answer[:NONCE_BYTES], b"fetch")
     connection.sendall(given + struct.pack("<Q", len(request)) + request)
     return connection
@@ -162,7 +167,7 @@ def test_a_locator_that_is_not_the_domains_is_refused(domain: Domain, tmp_path: 
 
 
 def test_a_manager_resolves_nothing_outside_its_folder(tmp_path: Path) -> None:
-    from everstep.actors.manager_process import Manager
+    from everstep.actors.shelf import DomainShelf
 
     folder = tmp_path / "slot-0"
     folder.mkdir()
@@ -170,12 +175,11 @@ def test_a_manager_resolves_nothing_outside_its_folder(tmp_path: Path) -> None:
     write(tmp_path / "secret.seg")
     (folder / "notes.txt").write_text("no segment")
     (folder / "folder.seg").mkdir()
-    manager = Manager.__new__(Manager)
-    manager._folder = folder
-    assert manager._resolve("good.seg") == str(folder / "good.seg")
+    shelf = DomainShelf(folder, "slot-0", stall_s=1)
+    assert shelf.resolve("good.seg") == str(folder / "good.seg")
     outside = ["../secret.seg", str(tmp_path / "secret.seg"), "../slot-0/good.seg", "..", "", "/"]
     for locator in [*outside, "notes.txt", "folder.seg", "gone.seg", "good.seg\0"]:
-        assert manager._resolve(locator) is None, locator
+        assert shelf.resolve(locator) is None, locator
 
 
 def test_an_unsealed_segment_is_refused_there_and_here(domain: Domain) -> None:
@@ -200,6 +204,21 @@ def test_a_fragment_with_a_wrong_checksum_is_refused_by_name(domain: Domain, rem
     where = (domain.server.address, TOKEN) if remote else (str(path),)
     with pytest.raises(SegmentDamaged, match=r"w/param\[\d+:3000\] from good\.seg has a wrong checksum"):
         (fetch if remote else fetch_local)(*where, copies)
+
+
+@pytest.mark.parametrize("remote", [True, False])
+@pytest.mark.parametrize("byte", [4004, 7000, 11999])
+def test_a_part_of_a_fragment_with_a_wrong_checksum_is_refused(domain: Domain, remote: bool, byte: int) -> None:
+    """Wherever in the third fragment the damage is: in what is asked for, before or behind it."""
+    copies = domain.copies(("b", 0, 5), ("w", 1500, 2000))
+    path = domain.folder / "good.seg"
+    damaged = bytearray(path.read_bytes())
+    damaged[damaged.index(DATA["w"][4004:]) + byte - 4004] ^= 1
+    path.write_bytes(damaged)
+    where = (domain.server.address, TOKEN) if remote else (str(path),)
+    with pytest.raises(SegmentDamaged, match="checksum") as caught:
+        (fetch if remote else fetch_local)(*where, copies)
+    assert caught.value.locator == "good.seg"
 
 
 def test_every_whole_fragment_of_a_joined_copy_is_checked() -> None:

@@ -13,7 +13,7 @@ import pytest
 from everstep.collectives.messages import Member
 from everstep.platform.cluster.desk import Desk, Judgement, Resume, live_faults
 from everstep.platform.job.spec import JobSpec
-from everstep.platform.training.messages import Inventory, LaneLoss, Stock, ViewPlan, Vote
+from everstep.platform.training.messages import Inventory, LaneLoss, SealedVersion, Stock, ViewPlan, Vote
 from everstep.platform.training.recovery import Lost
 from everstep.storage.index import Fragment, Source, StateIndex, TensorMeta
 from everstep.storage.state_hash import combine, tensor_line
@@ -49,11 +49,15 @@ def index(step: int, kind: str = "segment") -> StateIndex:
     return StateIndex(step, (W,), (Fragment("w", "param", 0, 8, source, 0),))
 
 
+def sealed(index: StateIndex, view: tuple[int, int] = (1, 1)) -> SealedVersion:
+    return SealedVersion(view, f"segment-{index.step}", index)
+
+
 def chosen(made: Desk, *versions: StateIndex, held: int = 2) -> ViewPlan:
     inventories = {name: encode(Inventory(-1, (UNITS[i],), None, UNITS)) for i, name in enumerate(NAMES[:held])}
-    stocks = {"slot-0": encode(Stock(versions))}
+    stocks = {"slot-0": encode(Stock(tuple(map(sealed, versions))))}
     choice = made.choose(MEMBERS[:held], inventories, stocks)
-    return made.plan(choice, {"slot-0": "h:9"})
+    return made.plan(choice, {"slot-0": "h:9"}, [f"slot-{rank}" for rank in range(len(choice.owned))])
 
 
 # ---- verdicts -------------------------------------------------------------------------------------------
@@ -125,7 +129,24 @@ def test_checkpoints_are_due_every_so_often_and_at_the_end() -> None:
     verdicts = {step: judged(made, step).verdict for step in range(1, 8)}
     assert asked == [3, 6, 7]
     assert {step: v.checkpoint for step, v in verdicts.items() if v.checkpoint} == {s: f"folder-{s}" for s in asked}
-    assert [step for step, v in verdicts.items() if v.snapshot] == [3, 5, 6, 7], "a checkpoint is made of a snapshot"
+    assert [step for step, v in verdicts.items() if v.snapshot] == [3, 6, 7], "a checkpoint is made of a snapshot"
+
+
+def test_snapshots_come_every_so_many_steps_after_the_one_before() -> None:
+    made = desk(steps=9, checkpoint=None, snapshot={"every": 3})
+    assert [step for step in range(1, 10) if judged(made, step).verdict.snapshot] == [3, 6, 9]
+    assert judged(desk(steps=9, snapshot={"every": 3}), 1).verdict.interval == 3
+
+
+def test_no_snapshot_is_begun_before_the_newest_is_protected() -> None:
+    made = desk(steps=9, checkpoint=None, snapshot={"every": 2})
+    late = (vote(0, sealed=0), vote(1, sealed=2))
+    assert judged(made, 2, vote(0, sealed=0), vote(1, sealed=0)).verdict.snapshot
+    assert not judged(made, 4, *late).verdict.snapshot
+    made.stop_reason = "enough"
+    waiting = judged(made, 5, *late).verdict
+    assert (waiting.last, waiting.interval) == (False, 0), "the ranks wait before they vote again"
+    assert judged(made, 6, vote(0, sealed=2), vote(1, sealed=2)).verdict.last
 
 
 def test_without_checkpoints_none_is_ever_begun() -> None:
@@ -149,7 +170,48 @@ def test_a_stop_makes_the_step_in_flight_the_last() -> None:
     assert not chosen(made, index(1)).final, "one from before it has a step to do again"
 
 
+def test_shadows_stand_in_for_snapshots_but_for_checkpoints_and_the_end() -> None:
+    shadow = {"redundancy": "shadow"}
+    made = desk(steps=7, checkpoint={"to": "runs", "every": 3}, snapshot=shadow)
+    verdicts = [judged(made, step).verdict for step in range(1, 8)]
+    assert [v.snapshot for v in verdicts] == [False, False, True, False, False, True, True]
+    assert {v.interval for v in verdicts} == {7}, "nobody waits for one that does not come"
+    assert made.parity == 0
+
+
+def test_without_a_shadow_snapshots_are_taken_all_the_same() -> None:
+    """In a view of one rank, and where the job says how often."""
+    made = desk(steps=7, snapshot={"redundancy": "shadow"})
+    alone = [made.judge(step, {"rank-0.1": encode(both(step))}).verdict for step in (1, 2)]
+    assert [(v.snapshot, v.interval) for v in alone] == [(True, 1), (True, 1)]
+    every = desk(steps=7, snapshot={"redundancy": "shadow", "every": 2})
+    assert [judged(every, step).verdict.snapshot for step in range(1, 5)] == [False, True, False, True]
+
+
+def both(step: int) -> Vote:
+    """The vote of a rank that has both lanes."""
+    return msgspec.structs.replace(vote(0, sealed=step - 1), losses=vote(0).losses + vote(1).losses)
+
+
 # ---- views ----------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_that_the_former_view_could_not_finish_is_written_by_the_new_one() -> None:
+    """The base step is that of the checkpoint, so no verdict will ask for it again."""
+    made = desk(steps=7, checkpoint={"to": "runs", "every": 3})
+    inventories = {name: encode(Inventory(-1, (UNITS[i],), None, UNITS)) for i, name in enumerate(NAMES)}
+    stocks = {"slot-0": encode(Stock((sealed(index(3), (1, 2)), sealed(index(2), (1, 1)))))}
+    choice = made.choose(MEMBERS, inventories, stocks)
+    assert made.sealed == {((1, 2), 3): {"slot-0"}, ((1, 1), 2): {"slot-0"}}
+    domains = ["slot-0", "slot-1"]
+    assert made.plan(choice, {}, domains).save == ""
+    assert made.plan(choice, {}, domains, save=True).save == "step-3"
+
+
+def test_shadows_are_in_the_plan() -> None:
+    assert chosen(desk(), index(4)).shadowed == ()
+    plan = chosen(desk(snapshot={"redundancy": "shadow"}), index(4))
+    assert plan.shadowed == (plan.owned[1], plan.owned[0])
 
 
 def test_a_plan_says_who_owns_what_and_where_the_bytes_are() -> None:

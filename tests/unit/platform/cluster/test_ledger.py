@@ -29,17 +29,27 @@ def test_a_run_without_incidents() -> None:
     ledger = Ledger(0, 100.0)
     ledger.acts(0, 4, 103.0)
     assert ledger.committed(1, commit(5.0, weight=8.0, metrics={"a": 1.0}), [0.25, 0.5], 105.0) == 2.0
-    assert ledger.committed(2, commit(4.0), [0.0, 0.0], 106.0) == 1.0
-    assert ledger.committed(3, Verdict("skip", float("nan")), [], 107.5) == 1.5
+    assert ledger.since_last(106.0) == 1.0
+    assert ledger.committed(2, commit(4.0, snapshot=False), [0.125, 0.0], 106.0) == 1.0
+    assert ledger.committed(3, Verdict("skip", float("nan"), snapshot=False), [], 107.5) == 1.5
     assert ledger.wall_s(108.0) == 8.0
-    assert parts(ledger, 108.0) == {"startup": 3.0, "productive": 4.0, "snapshot": 0.5, "waiting": 0.5}
+    assert parts(ledger, 108.0) == {"startup": 3.0, "productive": 3.875, "snapshot": 0.625, "waiting": 0.5}
     assert (ledger.step, ledger.ranks, ledger.skipped, ledger.step_s) == (3, 4, 1, 1.5)
     assert ledger.committed_losses()[:2] == [5.0, 4.0]
     assert ledger.metrics == {"a": 1.0}, "a step without metrics keeps the last ones"
     assert (ledger.recoveries, ledger.rescales) == ([], [])
+    shown = ledger.snapshots(interval=4)
+    assert (shown.count, shown.stall_ms_median, shown.interval) == (2, 500.0, 4), "the view's first, and step 1's"
+    assert shown.stall_share == pytest.approx(0.625 / 4.5)
+
+
+def test_what_a_snapshot_cost_is_waited_for_in_every_step_until_the_next() -> None:
+    ledger = Ledger(0, 0.0)
+    ledger.acts(0, 2, 1.0)
+    for step, waited in enumerate((0.5, 0.25, 0.0, 0.125, 0.25, 0.5), 1):
+        ledger.committed(step, commit(snapshot=step % 3 == 0), [waited, 0.0], 1.0 + step)
     shown = ledger.snapshots()
-    assert (shown.count, shown.stall_ms_median) == (1, 375.0)
-    assert shown.stall_share == pytest.approx(0.5 / 4.5)
+    assert (shown.count, shown.stall_ms_median) == (3, pytest.approx(1000 * (0.75 + 0.875) / 2))
 
 
 def test_a_loss_in_a_step_costs_the_attempt_the_recovery_and_the_steps_that_are_redone() -> None:

@@ -7,7 +7,14 @@ import os
 import pytest
 
 from everstep.platform.job import check as checks
-from everstep.platform.job.check import check, checkpoint_folder, shared_memory, shared_memory_needed
+from everstep.platform.job.check import (
+    check,
+    checkpoint_folder,
+    copies_of_state,
+    copies_of_view,
+    shared_memory,
+    shared_memory_needed,
+)
 from everstep.platform.job.errors import SpecError
 from everstep.platform.job.inspect_task import inspect_task
 from everstep.platform.job.spec import JobSpec
@@ -238,13 +245,14 @@ def test_too_little_shared_memory_is_refused_with_the_numbers(tmp_path, monkeypa
     usage = type("Usage", (), {"free": 64 << 20})
     monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: usage)
     job = spec()
-    assert shared_memory(job, 14 << 20) == []
-    (problem,) = shared_memory(job, 15 << 20)
+    assert shared_memory(job, 6 << 20) == []
+    (problem,) = shared_memory(job, 7 << 20)
     text = problem.render()
     assert "64.0 MiB free" in text
-    assert "66.0 MiB (1.1 x 4 x 15.0 MiB of training state)" in text
+    assert "69.3 MiB (1.1 x 9 x 7.0 MiB of training state)" in text  # two ranks: 2 slots and 2 of parity, twice; 1
     assert "--shm-size=1g" in text
-    (problem,) = shared_memory(spec(layout={"zero": 0}, ranks={"max": 4}), 15 << 20)
+    assert "a larger ranks.min" in problem.fix
+    (problem,) = shared_memory(spec(layout={"zero": 0}, ranks={"max": 4}, snapshot={"every": 1}), 15 << 20)
     assert "264.0 MiB (1.1 x 16 x 15.0 MiB" in problem.render()
     assert "layout.zero" in problem.fix
 
@@ -254,8 +262,44 @@ def test_no_shared_memory_at_all_is_refused(tmp_path):
     assert "No such file" in problem.render()
 
 
+@pytest.mark.parametrize(
+    ("ranks", "parity", "copies"),
+    [
+        (1, 1, 2.0),
+        (2, 1, 2 + 2 / 1),
+        (3, 0, 2.0),
+        (3, 1, 2 + 2 / 2),
+        (3, 2, 2 + 4 / 1),
+        (8, 2, 2 + 4 / 6),
+        (9, 1, 2 + 4 / 9 * 2 / 3 + 5 / 9 * 2 / 4),  # in groups of four and five
+        (2, 2, 2 + 2 / 1),  # as much as two can carry
+    ],
+)
+def test_parity_takes_its_share_of_two_versions(ranks, parity, copies):
+    job = spec(ranks={"min": 1, "max": 9}, lanes=9, snapshot={"parity": parity})
+    assert copies_of_view(job, ranks) == pytest.approx(copies)
+
+
+def test_the_peak_is_two_layouts_of_the_dearest_view_and_a_slot():
+    always = spec(ranks={"min": 3, "max": 8}, snapshot={"parity": 1, "every": 1})
+    assert copies_of_state(always) == pytest.approx(2 * 3)  # of three ranks
+    assert copies_of_state(spec(ranks={"min": 3, "max": 8}, snapshot={"every": 5})) == pytest.approx(2 * 3 + 1)
+    with_checkpoints = spec(ranks={"min": 3, "max": 8}, snapshot={"every": 1}, checkpoint={"to": "runs"})
+    assert copies_of_state(with_checkpoints) == pytest.approx(2 * 4)
+    assert shared_memory_needed(always, 1000) == int(1.1 * 6 * 1000)
+
+
+def test_shadows_need_a_segment_more_and_no_parity():
+    job = spec(snapshot={"redundancy": "shadow", "every": 1}, checkpoint={"to": "runs"})
+    assert copies_of_view(job, 1) == 3
+    assert copies_of_state(job) == 8
+
+
 def test_replicated_state_needs_more():
-    assert shared_memory_needed(spec(layout={"zero": 0}), 100) > shared_memory_needed(spec(), 100)
+    job = spec(layout={"zero": 0}, snapshot={"every": 1})
+    assert [copies_of_view(job, ranks) for ranks in (2, 3, 4)] == [4, 6, 8]
+    assert copies_of_state(job) == 16
+    assert copies_of_state(spec(layout={"zero": 0})) == 20  # each rank may seal what lies between two snapshots
 
 
 def test_a_checkpoint_folder_that_cannot_be_made_is_refused(tmp_path):

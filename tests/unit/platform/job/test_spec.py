@@ -35,7 +35,7 @@ GOLDEN = {
     },
     "data": {"workers": 0, "prefetch": 2},
     "eval": {"every": 0},
-    "snapshot": {"every": "auto", "parity": 1, "domain": "auto"},
+    "snapshot": {"every": "auto", "share": 0.01, "parity": 1, "domain": "auto", "redundancy": "parity"},
     "checkpoint": {"to": "runs", "every": 100, "keep": 3, "resume": "auto", "init_from": None},
     "limits": {"wall": None, "user": 0, "infrastructure": 100, "preemption": -1, "nonfinite": 10},
     "timeouts": {"frozen_s": 2.0, "stall_s": 60.0},
@@ -164,8 +164,26 @@ def test_a_wrong_field_is_named_with_its_value_and_what_is_allowed(field, change
         ("train.precision", {"train": {"precision": "bfloat16"}}, "float32"),
         ("train.compile", {"train": {"compile": True}}, "false"),
         ("eval.every", {"eval": {"every": 10}}, "0"),
-        ("snapshot.parity", {"snapshot": {"parity": 2}}, "0 or 1"),
-        ("snapshot.domain", {"snapshot": {"domain": "rack"}}, "auto or rank"),
+        ("snapshot.parity", {"snapshot": {"parity": 4}, "ranks": {"max": 4}}, "0 to 3 (4 failure domains"),
+        ("snapshot.domain", {"snapshot": {"domain": "rack"}}, "auto, rank or node"),
+        (
+            "snapshot.redundancy",
+            {"snapshot": {"redundancy": "shadow"}, "layout": {"zero": 0}},
+            "parity, with layout.zero: 0",
+        ),
+        (
+            "snapshot.parity",
+            {"snapshot": {"redundancy": "shadow", "parity": 0}},
+            "1, with snapshot.redundancy: shadow",
+        ),
+        (
+            "snapshot.parity",
+            {"snapshot": {"redundancy": "shadow", "parity": 2}},
+            "1, with snapshot.redundancy: shadow",
+        ),
+        ("snapshot.share", {"snapshot": {"share": 0}}, "a number above 0, at most 1"),
+        ("snapshot.share", {"snapshot": {"share": 1.01}}, "a number above 0, at most 1"),
+        ("snapshot.redundancy", {"snapshot": {"redundancy": "twins"}}, "parity (of snapshots) or shadow"),
         ("checkpoint.to", {"checkpoint": {"to": "s3://bucket/runs"}}, "a folder of this machine"),
         ("checkpoint.init_from", {"checkpoint": {"to": "x", "init_from": "y"}}, "null"),
         ("log.1", {"log": ["jsonl", "wandb"]}, "jsonl"),
@@ -192,6 +210,12 @@ def test_rules_across_fields_and_what_is_not_built_yet_are_refused(field, change
     problem = refusals(**changes)[field]
     assert problem.allowed.startswith(allowed)
     assert problem.fix
+
+
+@pytest.mark.parametrize("zero", [1, 2])
+def test_shadows_are_accepted_also_where_one_rank_may_be_left(zero):
+    found = spec(snapshot={"redundancy": "shadow"}, layout={"zero": zero}, ranks={"min": 1})
+    assert found.snapshot.redundancy == "shadow"
 
 
 @pytest.mark.parametrize(

@@ -13,19 +13,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
 from everstep.actors.fetch import fetch_local
 from everstep.collectives.errors import CollectiveError, PeerLost
 from everstep.collectives.work import Work
+from everstep.platform.training.capture import write_snapshot
 from everstep.platform.training.conductor import Seat
 from everstep.platform.training.layout import Run
-from everstep.platform.training.messages import Inventory, Stock, Verdict, ViewPlan, Vote
+from everstep.platform.training.messages import Inventory, SealedVersion, Stock, Verdict, ViewPlan, Vote
 from everstep.platform.training.recovery import choose
 from everstep.platform.training.session import Session, Settings
 from everstep.platform.training.shard import RankState
-from everstep.platform.training.snapshot import write_snapshot
 from everstep.platform.training.verdict import Progress, Rules, judge_step
 from everstep.storage.index import Source, StateIndex
 from everstep.storage.planner import Copy
@@ -199,6 +200,7 @@ class Group:
     settings: Settings
     faults: dict[tuple[str, int, int], str]
     start: Callable[[str], None]
+    shadow: bool = False
     alive: set[str] = field(default_factory=set)
     condition: threading.Condition = field(default_factory=threading.Condition)
     offers: dict[str, Inventory] = field(default_factory=dict)
@@ -225,8 +227,11 @@ class Group:
         if not self.over or not self.alive or set(self.offers) != self.alive:
             return
         names = sorted(self.alive)
-        stocks = {name: Stock(tuple(versions.values())) for name, versions in self.stocks.items()}
-        choice = choose(names, self.offers, stocks, None, 0)
+        stocks = {
+            name: Stock(tuple(SealedVersion((1, 1), at, i) for at, i in versions.items()))
+            for name, versions in self.stocks.items()
+        }
+        choice = choose(names, self.offers, stocks, None, 0, self.shadow)
         final = choice.base_step >= self.settings.steps
         self.view += 1
         self.post = Post(len(names))
@@ -235,7 +240,7 @@ class Group:
         self.votes.clear()
         self.decided.clear()
         self.levelled.clear()
-        plan = ViewPlan(choice.owned, choice.have, final=final)
+        plan = ViewPlan(choice.owned, choice.have, final=final, shadowed=choice.shadowed)
         for rank, name in enumerate(names):
             group = self.post.groups[rank] if len(names) > 1 else None
             self.seats[name] = Seat(str(self.view), rank, choice.base_step, plan, group, tuple(names))
@@ -254,6 +259,8 @@ class Group:
         rules = Rules(settings.lanes, settings.clip_norm, settings.nonfinite_limit)
         verdict, self.progress[step] = judge_step(step, votes, rules, self.progress[step - 1])
         self.outcome.verdicts.setdefault(step, set()).add((verdict.outcome, verdict.loss))
+        if self.shadow and len(votes) > 1:  # a view of one rank has no shadow
+            verdict = msgspec.structs.replace(verdict, snapshot=step >= settings.steps)
         return verdict
 
 
@@ -319,24 +326,46 @@ class Rank:
         if not ready():
             raise PeerLost("the view is over")
 
-    def snapshot(self, state: RankState, before_seal: Callable[[], None]) -> float:
+    def snapshot(
+        self,
+        state: RankState,
+        before_seal: Callable[[], None],
+        runs: Sequence[Run] | None = None,
+        wait: bool = False,
+    ) -> float:
+        self._write(state, runs, "own", before_seal)
+        self._sealed = state.stamp
+        return 0.0
+
+    def seal_mirror(self, state: RankState) -> None:
+        self._write(state, state.mirrored, "mirror", lambda: None)
+
+    def _write(
+        self, state: RankState, runs: Sequence[Run] | None, what: str, before_seal: Callable[[], None]
+    ) -> None:
         assert self._seat is not None
-        label, step = int(self._seat.view), state.stamp
-        locator = f"{self.name}.view-{label}.step-{step}"
+        label = int(self._seat.view)
+        locator = f"{self.name}.view-{label}.step-{state.stamp}.{what}"
         if locator in self._group.stocks.setdefault(self.name, {}):
-            self._sealed = step
-            return 0.0
+            return
         path = self._group.folder / locator
         path.unlink(missing_ok=True)  # begun and not sealed: the view ended in between
-        create_segment(path, required_bytes(state.footprint()))
+        create_segment(path, required_bytes(state.footprint(runs)))
         with SegmentMap(path, writable=True) as segment:
-            write_snapshot(segment, state, (1, label), before_seal)
+            write_snapshot(segment, state, (1, label), before_seal, runs)
             seal = read_seal(segment)
             assert seal is not None
             index = read_index(segment, seal, Source("segment", self.name, locator))
         with self._group.condition:
             self._group.stocks[self.name][locator] = index
-        self._sealed = step
+
+    def release(self) -> float:
+        return 0.0
+
+    def protect(self, step: int, now: bool = False) -> float:
+        return 0.0
+
+    def background_s(self) -> float:
         return 0.0
 
     def sealed_step(self) -> int:
@@ -356,6 +385,8 @@ class Rank:
             with group.condition:
                 group.alive.discard(self.name)
                 group.offers.pop(self.name, None)
+                if group.shadow:
+                    group.stocks.pop(self.name, None)
         if what:
             group.end_view(f"{what} of {self.name} at {phase} of step {step}")
             raise Died if what == "die" else PeerLost(what)
@@ -378,8 +409,12 @@ def run_group(
     make: MakeSession,
     lane_loss: Callable[[Session, int, int], Any],
     faults: Mapping[tuple[str, int, int], str] | None = None,
+    shadow: bool = False,
 ) -> Outcome:
-    """Trains with `ranks` threads; `make(conductor)` builds a session, `lane_loss(session, step, lane)` a loss."""
+    """Trains with `ranks` threads; `make(conductor)` builds a session, `lane_loss(session, step, lane)` a loss.
+
+    With `shadow` each rank mirrors the one before it, and a rank that dies takes its segments with it.
+    """
     threads: list[threading.Thread] = []
     errors: list[BaseException] = []
 
@@ -410,7 +445,7 @@ def run_group(
         thread.start()
 
     building = threading.Lock()
-    group = Group(folder, settings, dict(faults or {}), start)
+    group = Group(folder, settings, dict(faults or {}), start, shadow)
     group.alive = {f"rank-{rank}" for rank in range(ranks)}
     for rank in range(ranks):
         start(f"rank-{rank}")

@@ -10,9 +10,17 @@ import pytest
 import torch
 
 from everstep.platform.training import exchange
-from everstep.platform.training.exchange import GradientPool, Reduction, buckets_of, gather, share_gradients
+from everstep.platform.training.exchange import (
+    GradientPool,
+    Reduction,
+    buckets_of,
+    gather,
+    mirror_gradients,
+    share_gradients,
+)
 from everstep.platform.training.lanes import lanes_of
 from everstep.platform.training.layout import MIN_BLOCK, FlatLayout, Run, merge_runs
+from everstep.platform.training.ownership import shadows
 from everstep.platform.training.shard import ShardStore
 
 LAYOUT = FlatLayout.of(
@@ -146,6 +154,33 @@ def test_gather_makes_every_ranks_parameters_whole(ranks: int, groups, threads) 
 
     for compute in threads([lambda rank=rank: work(rank) for rank in range(ranks)]):
         assert torch.equal(compute, values)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
+def test_a_shadow_gets_the_reduced_gradients_of_the_rank_before_it(ranks: int, groups, threads) -> None:
+    """Bit by bit, into what it holds beside its own; a rank without shadow sends and gets nothing."""
+    owned = dealt(ranks, random.Random(ranks))
+    shadowed = shadows(owned)
+    sums = gradients(1, ranks)[0]
+    group = groups(ranks)
+
+    def work(rank: int) -> ShardStore:
+        store = ShardStore([*owned[rank], *shadowed[rank]])
+        store.data.fill_(float("nan"))
+        for start, stop in owned[rank]:
+            store.view(start, stop).copy_(sums[start:stop])
+        mirror_gradients(store, owned, shadowed, group[rank] if ranks > 1 else None, 30.0)
+        return store
+
+    for rank, store in enumerate(threads([lambda rank=rank: work(rank) for rank in range(ranks)])):
+        for start, stop in [*owned[rank], *shadowed[rank]]:
+            assert store.view(start, stop).numpy().tobytes() == sums[start:stop].numpy().tobytes()
+    sent = group[0].post.sent
+    assert sorted(sent) == sorted((r, (r + 1) % ranks, len(owned[r])) for r in range(ranks) if ranks > 1 and owned[r])
+    threads(
+        [lambda rank=rank: mirror_gradients(ShardStore(()), owned, (), group[rank], 30.0) for rank in range(ranks)]
+    )
+    assert group[0].post.sent == sent
 
 
 def test_zero_2_ships_a_lane_when_its_bucket_is_full_and_keeps_only_its_own_part(groups) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from everstep.platform.training.layout import Run
-from everstep.platform.training.messages import Inventory, Stock
+from everstep.platform.training.messages import Inventory, SealedVersion, Stock
 from everstep.platform.training.recovery import Choice, Lost, choose
 from everstep.storage.index import Fragment, Source, StateIndex, TensorMeta
 
@@ -30,8 +30,9 @@ def torn(held: tuple[Run, ...] = ()) -> Inventory:
     return Inventory(-1, held, None, UNITS)
 
 
-def sealed(domain: str, step: int, *ranges: tuple[int, int], b: bool = False) -> StateIndex:
-    return index(step, Source("segment", domain, f"step-{step}"), *ranges, b=b)
+def sealed(domain: str, step: int, *ranges: tuple[int, int], b: bool = False) -> SealedVersion:
+    locator = f"step-{step}"
+    return SealedVersion((1, 1), locator, index(step, Source("segment", domain, locator), *ranges, b=b))
 
 
 def choice_of(
@@ -120,6 +121,51 @@ def test_a_run_from_the_seed_can_always_start_again(inventory: Inventory, why: s
     choice = choice_of({"r0": inventory}, initial_step=0)
     assert (choice.base_step, choice.have, choice.from_checkpoint) == (0, None, False)
     assert why in choice.reason
+
+
+# ---- shadows --------------------------------------------------------------------------------------------
+
+FLAT: tuple[Run, ...] = tuple((2 * i, 2 * i + 2) for i in range(4))
+
+
+def mirroring(own: Run, mirror: Run, step: int = -1) -> Inventory:
+    return Inventory(step, tuple(sorted((own, mirror))), None, FLAT, (mirror,))
+
+
+def choice_of_shadows(inventories: dict[str, Inventory], stocks: dict[str, Stock], initial_step: int = 5) -> Choice:
+    return choose(sorted(inventories), inventories, stocks, None, initial_step, shadow=True)
+
+
+def test_a_shadow_owns_from_now_on_what_it_mirrored_and_another_mirrors_it() -> None:
+    """r1 of three is lost with all of its memory; r2 has sealed its mirror of it."""
+    inventories = {"r0": mirroring((0, 2), (6, 8)), "r2": mirroring((6, 8), (2, 6))}
+    stocks = {
+        "d0": Stock((sealed("d0", 9, (0, 2), b=True), sealed("d0", 9, (6, 8)))),
+        "d2": Stock((sealed("d2", 9, (6, 8)), sealed("d2", 9, (2, 6)))),
+    }
+    choice = choice_of_shadows(inventories, stocks)
+    assert choice.base_step == 9
+    assert choice.owned == (((0, 2), (6, 8)), ((2, 6),))
+    assert choice.shadowed == (((2, 6),), ((0, 2), (6, 8)))
+
+
+def test_the_loss_of_a_rank_and_its_shadow_falls_back_to_what_is_sealed_elsewhere() -> None:
+    """What r0 mirrored and owned at step 9 does not make a whole; step 6 is what the view began with."""
+    first = {f"d{i}": sealed(f"d{i}", 6, (2 * i, 2 * i + 2), b=True) for i in range(4)}
+    newest = (sealed("d0", 9, (0, 2), b=True), sealed("d0", 9, (6, 8)))
+    stocks = {"d0": Stock((first["d0"], *newest)), **{d: Stock((first[d],)) for d in ("d1", "d2", "d3")}}
+    survivor = {"r0": mirroring((0, 2), (6, 8))}
+    assert choice_of_shadows(survivor, stocks).base_step == 6
+    del stocks["d2"]
+    with pytest.raises(Lost, match=r"step 9: 1 ranges, first w/param\[2:6\]; step 6: 1 ranges, first w/param\[4:6\]"):
+        choice_of_shadows(survivor, stocks)
+
+
+def test_a_new_run_has_shadows_and_without_them_nobody_mirrors() -> None:
+    new = {name: Inventory(-1, (), None, FLAT) for name in ("r0", "r1")}
+    assert choice_of_shadows(new, {}, initial_step=0).shadowed == (((4, 8),), ((0, 4),))
+    assert choice_of_shadows({"r0": new["r0"]}, {}, initial_step=0).shadowed == ((),)
+    assert choice_of(new, initial_step=0).shadowed == ()
 
 
 def test_lost_names_what_is_missing_at_each_step() -> None:

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import everstep as es
 from everstep.collectives.errors import CollectiveError
 from everstep.platform.training.conductor import RunOver, ViewOver
-from everstep.platform.training.layout import MIN_BLOCK
+from everstep.platform.training.layout import MIN_BLOCK, total_of
 from everstep.platform.training.session import Session, Settings
 from everstep.platform.training.shard import UnsupportedModel
 from everstep.platform.training.solo import Solo
@@ -144,10 +144,75 @@ def test_ranks_that_join_and_leave_do_not_matter(zero: int, group_run) -> None:
     assert outcome.yielded["rank-1"][0] == 1, "a joiner begins where the others are"
 
 
+@pytest.mark.parametrize("shadow", [False, True])
+def test_ranks_that_own_nothing_take_part_in_the_hash(shadow: bool, group_run) -> None:
+    """One owns the only unit there is: it holds everything, as all do with ZeRO 0."""
+
+    class Small(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(3))
+
+    settings = Settings(steps=2, lanes=3, zero=2)
+
+    def make(conductor: Any) -> Session:
+        model = Small()
+        return Session(model, optim.AdamW(model.parameters(), lr=0.1), settings=settings, conductor=conductor)
+
+    def loss(s: Session, step: int, lane: int) -> torch.Tensor:
+        return (s.model.w * (lane + step)).square().sum()
+
+    alone = group_run(settings, 1, make, loss).state_sha256
+    assert group_run(settings, 3, make, loss, shadow=shadow).state_sha256 == alone != ""
+
+
 def test_a_death_after_the_last_step_does_not_matter(group_run) -> None:
     settings, make = group_of(2)
     outcome = group_run(settings, 3, make, lane_loss, {("gather", STEPS, 1): "die"})
     assert_reference(outcome)
+
+
+# ---- shadows --------------------------------------------------------------------------------------------
+
+# The step from which the others go on when a rank dies in this phase of step 3.
+SHADOWED = {"gradient": 2, "reduce": 2, "vote": 2, "verdict": 3, "apply": 3, "gather": 3}
+
+
+@pytest.mark.parametrize("zero", [1, 2])
+@pytest.mark.parametrize("phase", SHADOWED)
+def test_a_rank_that_dies_with_all_its_memory_loses_no_step_where_it_has_a_shadow(
+    phase: str, zero: int, group_run
+) -> None:
+    settings, make = group_of(zero)
+    outcome = group_run(settings, 4, make, lane_loss, {(phase, 3, 2): "die", (phase, 4, 0): "die"}, shadow=True)
+    assert_reference(outcome)
+    assert outcome.views == [(0, 4), (SHADOWED[phase], 3), (SHADOWED[phase] + 1, 2)]
+    assert all(tuple(s.losses) == reference()[1] for s in list(outcome.sessions.values())[1:2])
+
+
+@pytest.mark.parametrize("zero", [1, 2])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
+def test_shadows_change_no_bit_and_hold_each_run_twice(zero: int, ranks: int, group_run) -> None:
+    settings, make = group_of(zero)
+    outcome = group_run(settings, ranks, make, lane_loss, shadow=True)
+    assert_reference(outcome)
+    states = [s.state for s in outcome.sessions.values()]
+    total = states[0].layout.total
+    assert sum(total_of(state.own) for state in states) == total
+    assert sum(total_of(state.mirrored) for state in states) == (total if ranks > 1 else 0)
+    for before, state in zip([states[-1], *states], states, strict=False):
+        assert state.mirrored == (before.own if ranks > 1 else ())
+        for owned, mirrored in zip(before.places(state.mirrored), state.places(state.mirrored), strict=True):
+            assert (owned.meta, owned.start, owned.stop) == (mirrored.meta, mirrored.start, mirrored.stop)
+            assert torch.equal(owned.tensor, mirrored.tensor)
+
+
+def test_ranks_that_join_get_a_shadow(group_run) -> None:
+    settings, make = group_of(2)
+    faults = {("gradient", 2, 0): "join", ("gradient", 3, 0): "join", ("gradient", 4, 2): "die"}
+    outcome = group_run(settings, 1, make, lane_loss, faults, shadow=True)
+    assert_reference(outcome)
+    assert outcome.views == [(0, 1), (1, 2), (2, 3), (3, 2)]
 
 
 # ---- one rank, and a conductor that does one thing wrong ------------------------------------------------

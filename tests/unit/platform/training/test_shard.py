@@ -12,6 +12,7 @@ import torch
 from torch import nn, optim
 
 from everstep.collectives.tensors import bytes_of
+from everstep.platform.training.capture import write_snapshot
 from everstep.platform.training.layout import MIN_BLOCK, Run, merge_runs
 from everstep.platform.training.messages import Verdict
 from everstep.platform.training.shard import (
@@ -21,10 +22,9 @@ from everstep.platform.training.shard import (
     UnsupportedModel,
     check_model,
 )
-from everstep.platform.training.snapshot import write_snapshot
-from everstep.storage.index import TensorMeta, merge
+from everstep.storage.index import Source, TensorMeta, merge
 from everstep.storage.planner import Want
-from everstep.storage.segment import SegmentMap, create_segment, required_bytes, verify
+from everstep.storage.segment import SegmentMap, create_segment, read_index, required_bytes, verify
 
 LANES = 4
 
@@ -333,6 +333,53 @@ def snapshot(state: RankState, path: Path) -> None:
     with SegmentMap(path, writable=True) as segment:
         write_snapshot(segment, state, (2**32 - 1, 2**32 - 1))
         assert verify(segment).step == state.stamp
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_what_a_rank_mirrors_has_its_owners_bits_and_is_told_apart_from_its_own(maker: str, tmp_path: Path) -> None:
+    """Two ranks that mirror each other, after steps that each of them applies by itself."""
+    rng = random.Random(maker)
+    alone = state_of(maker)
+    owned = dealt(alone, 2, rng)
+    pair = [state_of(maker, runs) for runs in owned]
+    for state, runs in zip(pair, owned, strict=True):
+        other = next(others for others in owned if others is not runs)
+        state.hold(runs, other)
+        assert (state.own, state.mirrored, state.held) == (runs, other, ((0, alone.layout.total),))
+        state.reset()
+    for verdict in (commit((0, 1)), commit((0, 1), untouched=())):
+        step([alone], verdict)
+        step(pair, verdict)
+    assert content([pair[0]]) == content([pair[1]]) == content([alone])
+    for state in pair:
+        own, mirror = list(state.places(state.own)), list(state.places(state.mirrored))
+        floats = [p for p in own + mirror if p.meta.shape and p.meta.dtype == "float32"]
+        assert len({(p.meta.key, p.start, p.stop) for p in floats}) == len(floats), "nothing is in both"
+        for held, runs in ((own, state.own), (mirror, state.mirrored)):
+            path = tmp_path / "segment"
+            create_segment(path, required_bytes(state.footprint(runs)))
+            with SegmentMap(path, writable=True) as segment:
+                seal = write_snapshot(segment, state, (1, 1), runs=runs)
+                index = read_index(segment, seal, Source("segment", "slot-0", path.name))
+            path.unlink()
+            assert index.tensors == state.metas(), "every index lists the whole state"
+            listed = {(f.name, f.kind, f.start, f.stop) for f in index.fragments if f.start < f.stop}
+            assert listed == {(p.meta.name, p.meta.kind, p.start, p.stop) for p in held if p.start < p.stop}
+
+
+def test_places_of_some_runs_are_cut_out_of_the_pieces_that_are_held() -> None:
+    state = state_of()
+    step([state])
+    big = state.layout.by_name["big.weight"]
+    some = [(big.start + MIN_BLOCK, big.start + 2 * MIN_BLOCK), (big.stop - 5, big.stop + 16)]
+    found = {(p.meta.kind, p.start, p.stop): p.tensor for p in state.places(some) if p.meta.name == "big.weight"}
+    whole = {p.meta.kind: p.tensor for p in state.places() if p.meta.name == "big.weight"}
+    spans = [(MIN_BLOCK, 2 * MIN_BLOCK), (big.numel - 5, big.numel)]
+    assert set(found) == {(kind, *span) for kind in ("param", "exp_avg", "exp_avg_sq") for span in spans} | {
+        ("step", 0, 1)
+    }
+    for (kind, start, stop), tensor in found.items():
+        assert torch.equal(tensor, whole[kind][start:stop])
 
 
 def test_the_footprint_has_room_where_names_are_short_and_tensors_tiny(tmp_path: Path) -> None:
