@@ -31,7 +31,7 @@ type: $(READY)
 sim: $(READY)
 	EVERSTEP_SEEDS=$(SEEDS) $(BIN)/pytest -q --timeout=0 tests/simulation
 
-chaos: $(READY)  # about three minutes of killing, freezing and cutting
+chaos: $(READY)  # about six minutes of killing, freezing and cutting
 	tests/debian-packages.sh
 	$(BIN)/pytest -q tests/chaos
 
