@@ -104,10 +104,13 @@ class Transactions:
         again = False  # where the step that a checkpoint is due at is not done again, the new view writes it
         if self._checkpoints is not None:
             again = choice.base_step in self._checkpoints.abandon(choice.base_step, self._desk.sealed)
-        domains = self._failure_domains(members)
-        plan = self._desk.plan(choice, self._watchers.fetch_addresses(), domains, again)
+        plan = self._desk.plan(choice, self._watchers.fetch_addresses(), self._failure_domains(members), again)
         payload = msgspec.msgpack.encode(plan)
         log.info("view %s: %s", id, choice.reason)
+        if choice.rebuilds:
+            domains = [rebuild.domain for rebuild in choice.rebuilds]
+            text = f"step {choice.base_step} of {', '.join(domains)} is rebuilt from parity"
+            self._journal.add("rebuilt", text, {"step": choice.base_step, "domains": domains})
         self._out.member(mb.Chosen(id, choice.base_step, payload))
 
     def _failure_domains(self, members: Sequence[m.Member]) -> tuple[str, ...]:

@@ -28,7 +28,7 @@ from rich.table import Table
 
 _ROOT = Path(__file__).resolve().parent
 _BYTES_A_PARAMETER = 12  # float32 master, exp_avg, exp_avg_sq
-# Of a rank's state, estimated from a run that was too large: itself, two slots, parity, parameters, gradients, a check.
+# Of a rank's state, estimated from a run that was too large: itself, two slots, parity, parameters, gradients.
 _COPIES = 12
 _WARM_UP_STEPS = 4
 _NEVER = 1_000_000

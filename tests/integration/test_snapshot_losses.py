@@ -33,6 +33,7 @@ def lost(losses: Losses, count: int, parity: int, zero: int) -> Finished:
     done = finish(spec)
     assert_same_bits(done.result, spec)
     assert len(done.kinds("fault")) == len(faults)
+    assert done.kinds("rebuilt"), "the lost memory was needed"
     return done
 
 
