@@ -33,7 +33,7 @@ from everstep.platform.job.errors import UnknownJob
 from everstep.platform.job.registry import Registry, RunEntry
 from everstep.platform.job.result import Finding
 from everstep.platform.job.status import Status
-from everstep.running import EXIT_FAILED, EXIT_REFUSED, RunRequest, run_job
+from everstep.running import EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, RunRequest, run_job
 
 app = typer.Typer(
     help="Trains sharded PyTorch models on Ray; no failure stops a run, and no failure changes its result.",
@@ -320,6 +320,14 @@ def main() -> None:
     """Entry point of the `everstep` script."""
     try:
         app()
+    except SystemExit as ended:
+        if ended.code != EXIT_STOPPED:
+            raise
+        # A second Ctrl-C strikes anywhere, also inside Ray's or gRPC's own code: one command in thirty printed its
+        # last line and never ended. All that is ours is closed by now.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(EXIT_STOPPED)
     except BrokenPipeError:  # `everstep logs … | head` is no error; nothing more can be printed
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_FAILED)
