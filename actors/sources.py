@@ -99,11 +99,9 @@ class Sources:
                         asker = Asker(addresses[domain], self._token)
                         stack.callback(asker.close)
                         found[position] = RemoteReader(asker, locator, verify=True)
-                return found
+                return {p: _Noting(self, *places[p], reader) for p, reader in found.items()}
 
             data, rows = readers(item.data), readers(item.rows)
-            noted = {p: _Noting(self, *item.data[p], r) for p, r in data.items()}
-            noted_rows = {p: _Noting(self, *item.rows[p], r) for p, r in rows.items()}
             batch: Copies = []
             size = 0
             whole = _widened(copies)
@@ -111,9 +109,9 @@ class Sources:
                 batch.append((copy, buffer))
                 size += len(buffer)
                 if size >= _ASKED_BYTES:
-                    rebuild(stripes, item.position, noted, noted_rows, [(c.offset, b) for c, b in batch])
+                    rebuild(stripes, item.position, data, rows, [(c.offset, b) for c, b in batch])
                     batch, size = [], 0
-            rebuild(stripes, item.position, noted, noted_rows, [(c.offset, b) for c, b in batch])
+            rebuild(stripes, item.position, data, rows, [(c.offset, b) for c, b in batch])
 
             def checks() -> None:
                 for copy, buffer in whole:

@@ -22,8 +22,7 @@ from everstep.platform.cluster import staffing as st
 from everstep.platform.cluster.desk import Judgement
 from everstep.platform.job.result import Failure
 from everstep.platform.job.status import Phase
-from everstep.platform.training.messages import ViewPlan
-from everstep.platform.training.protection import effective_parity, failure_domains
+from everstep.platform.training.protection import effective_parity, failure_domains, parity_plan
 from everstep.platform.training.recovery import Lost
 
 log = logging.getLogger(__name__)
@@ -137,8 +136,8 @@ class Transactions:
 
     def _tell_protection(self, view: m.View) -> None:
         """A finding while fewer domains may be lost together than the job asks for."""
-        plan = msgspec.msgpack.decode(view.payload, type=ViewPlan).parity
-        have, wanted = effective_parity(plan, len(view.members)), self._desk.parity
+        domains, wanted = self._failure_domains(view.members), self._desk.parity
+        have = effective_parity(parity_plan(domains, wanted), len(domains))
         if self._desk.shadow:  # a view of one rank has none
             have, wanted = int(len(view.members) > 1), 1
         self._ledger.parity = have
@@ -146,10 +145,10 @@ class Transactions:
             return
         self._told_protection = (have, wanted)
         if have < wanted:
-            domains = len(set(self._failure_domains(view.members)))
-            who = "1 failure domain carries" if domains == 1 else f"{domains} failure domains carry"
+            count = len(set(domains))
+            who = "1 failure domain carries" if count == 1 else f"{count} failure domains carry"
             text = f"{who} parity {have} of {wanted}: {_exposed(have)}"
-            data = {"syndrome": "unprotected", "ranks": [], "parity": have, "wanted": wanted, "domains": domains}
+            data = {"syndrome": "unprotected", "ranks": [], "parity": have, "wanted": wanted, "domains": count}
             self._journal.add("finding", text, data)
         else:
             self._journal.add("protected", f"parity {have} is carried again", {"parity": have})
