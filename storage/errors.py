@@ -6,11 +6,18 @@ Owns the tree below and nothing else. All of them pickle (they travel from manag
     ├── IndexInvalid (also ValueError)   an index, a tensor or a range that cannot be
     ├── IndexMismatch                    indices that cannot describe one state
     ├── Unrecoverable                    a wanted range that no source holds
+    ├── StoreError                       a store (folder, bucket) did not do what it was asked
+    │   ├── StoreNotFound                there is no such file
+    │   ├── StoreExists                  the name is taken
+    │   ├── StoreDenied                  no rights, wrong credentials, no such bucket: trying again does not help
+    │   ├── StoreFull                    no room left
+    │   └── StoreUnavailable             it does not answer, or fails for now: try again later
     ├── InvalidTransition                an event that a snapshot slot's table does not allow
     ├── SegmentError                     a segment cannot be created, opened or used
     │   ├── SegmentFull                  what is put does not fit
     │   ├── SegmentDamaged               sealed, but its bytes do not match their checksums
     │   └── SegmentChanged               rewritten while it was being read: read again
+    ├── DatasetError                     data that cannot be used: drawn in datasets/errors.py
     └── CheckpointError                  a checkpoint cannot be written or used
         ├── CheckpointCorrupt            its bytes are not what its manifest says
         ├── CheckpointIncomplete         what was handed in does not make a whole state
@@ -48,6 +55,30 @@ class Unrecoverable(StorageError):
             f"no source holds elements {self.start}:{self.stop} of {self.name!r} ({self.kind}), "
             f"which {self.holder!r} needs"
         )
+
+
+class StoreError(StorageError):
+    """A store did not do what it was asked; the message names the URL (without secrets) and the reason."""
+
+
+class StoreNotFound(StoreError):
+    """There is no such file."""
+
+
+class StoreExists(StoreError):
+    """A file or folder of this name is there already."""
+
+
+class StoreDenied(StoreError):
+    """No rights, wrong or no credentials, no such bucket: trying again does not help."""
+
+
+class StoreFull(StoreError):
+    """No room left."""
+
+
+class StoreUnavailable(StoreError):
+    """The store does not answer, or fails for now: trying again later may help."""
 
 
 class InvalidTransition(StorageError):

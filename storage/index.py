@@ -1,7 +1,8 @@
 """The state index: which tensors a training state has, and where the bytes of each range of them are.
 
 Owns `TensorMeta`, `Source`, `Fragment` and `StateIndex`. All are immutable values, safe in any thread, and
-travel as msgpack. Coordinates are flat: elements [start, stop) of the row-major, unpadded tensor.
+travel as msgpack. Coordinates are those of the row-major, unpadded tensor: elements [start, stop) of it, or of a box
+of it (`boxes.py`).
 """
 
 import math
@@ -10,6 +11,7 @@ from typing import Final
 
 import msgspec
 
+from everstep.storage import boxes
 from everstep.storage.errors import IndexInvalid, IndexMismatch
 
 ITEMSIZE_BYTES: Final[dict[str, int]] = {
@@ -30,10 +32,12 @@ ITEMSIZE_BYTES: Final[dict[str, int]] = {
     "float8_e4m3fn": 1,
     "float8_e5m2": 1,
 }
-_WIRE_VERSION: Final = 1
+_WIRE_VERSION: Final = 2
 _LARGEST: Final = 2**63 - 1  # offsets and lengths must fit what the operating system takes (off_t)
+_MOST_DIMENSIONS: Final = 64  # as many as torch has
 
 TensorKey = tuple[str, str]  # (name, kind)
+Box = boxes.Box
 
 
 class TensorMeta(msgspec.Struct, frozen=True, gc=False, array_like=True):
@@ -53,6 +57,10 @@ class TensorMeta(msgspec.Struct, frozen=True, gc=False, array_like=True):
         if self.dtype not in ITEMSIZE_BYTES:
             raise IndexInvalid(
                 f"{self.name!r} ({self.kind}): dtype {self.dtype!r}; known: {', '.join(ITEMSIZE_BYTES)}"
+            )
+        if len(self.shape) > _MOST_DIMENSIONS:
+            raise IndexInvalid(
+                f"{self.name!r} ({self.kind}): {len(self.shape)} dimensions; there can be {_MOST_DIMENSIONS}"
             )
         if any(extent < 0 for extent in self.shape):
             raise IndexInvalid(f"{self.name!r} ({self.kind}): shape {self.shape} has a negative extent")
@@ -96,10 +104,13 @@ class Source(msgspec.Struct, frozen=True, order=True, gc=False, array_like=True)
 
 
 class Fragment(msgspec.Struct, frozen=True, gc=False, array_like=True):
-    """Elements [start, stop) of one tensor, and where they are.
+    """Elements [start, stop) of a box of one tensor, counted in the box's own row-major order, and where they are.
 
     `offset` is the byte offset of element `start` in the source's payload (for a file: in the file).
-    `checksum` is the xxh3_64 of the fragment's bytes, 0 where unknown.
+    `checksum` is the xxh3_64 of the fragment's bytes, 0 where unknown. `box` () is the whole tensor.
+    `strides` () says that the elements lie one behind the other. Otherwise they are the elements between neighbours
+    in the source, along each dimension of the box, and [start, stop) is the whole box: a part of a fused, padded or
+    transposed array. There is no checksum then.
     """
 
     name: str
@@ -109,21 +120,58 @@ class Fragment(msgspec.Struct, frozen=True, gc=False, array_like=True):
     source: Source
     offset: int
     checksum: int = 0
+    box: Box = ()
+    strides: tuple[int, ...] = ()
 
     @property
     def key(self) -> TensorKey:
         """(name, kind) of the fragment's tensor."""
         return (self.name, self.kind)
 
+    def __str__(self) -> str:
+        """For messages: `'w'[0:4, 3:5] (param) elements 0:8`."""
+        return f"{self.name!r}{boxes.spell(self.box)} ({self.kind}) elements {self.start}:{self.stop}"
+
+    def parts(self, shape: Sequence[int]) -> list[Box]:
+        """What it holds of its tensor, of this shape, as boxes: one behind the other in the source."""
+        return boxes.parts(self.box or boxes.whole(shape), self.start, self.stop)
+
+    def as_run(self, shape: Sequence[int]) -> "Fragment | None":
+        """The same bytes as a flat range of their tensor, of this shape; None where they are not one run of it."""
+        if not (self.box or self.strides):
+            return self
+        box = self.box or boxes.whole(shape)
+        if self.strides and not boxes.without_gaps(box, self.strides):
+            return None
+        run: tuple[int, int] | None = None
+        for part in boxes.parts(box, self.start, self.stop):
+            found = boxes.one_run(part, shape)
+            if found is None or (run is not None and run[1] != found[0]):
+                return None
+            run = found if run is None else (run[0], found[1])
+        return Fragment(self.name, self.kind, *(run or (0, 0)), self.source, self.offset, self.checksum)
+
+
+_Form = tuple[Box, tuple[int, ...]]  # box, strides
+
+
+class _Versioned(msgspec.Struct, frozen=True, array_like=True):
+    version: int
+
 
 class _Wire(msgspec.Struct, frozen=True, array_like=True):
-    """Compact form: names and sources once, fragments as rows of numbers."""
+    """Compact form: names, sources and boxes once, fragments as rows of numbers.
+
+    `cuts`: (row, number in `forms`) of the fragments that are no flat ranges.
+    """
 
     version: int
     step: int
     tensors: tuple[TensorMeta, ...]
     sources: tuple[Source, ...]
     rows: list[tuple[int, int, int, int, int, int]]  # tensor, source, start, stop, offset, checksum
+    forms: tuple[_Form, ...]
+    cuts: list[tuple[int, int]]
 
 
 class StateIndex(msgspec.Struct, frozen=True):
@@ -138,15 +186,32 @@ class StateIndex(msgspec.Struct, frozen=True):
         return {meta.key: meta for meta in self.tensors}
 
     def missing(self) -> list[tuple[str, str, int, int]]:
-        """The ranges (name, kind, start, stop) that no fragment covers, in the order of `tensors`."""
+        """Ranges (name, kind, start, stop) that no fragment covers, in the order of `tensors`.
+
+        All of them for a tensor that is there in flat ranges only. One, the longest run from some first missing
+        element, for a tensor of which there are boxes.
+        """
         spans: dict[TensorKey, list[tuple[int, int]]] = {meta.key: [] for meta in self.tensors}
-        for fragment in self.fragments:
-            spans[fragment.key].append((fragment.start, fragment.stop))
-        return [
-            (meta.name, meta.kind, start, stop)
-            for meta in self.tensors
-            for start, stop in _gaps(sorted(spans[meta.key]), meta.numel)
-        ]
+        cut: dict[TensorKey, set[_Held]] = {}
+        for f in self.fragments:
+            if f.box or f.strides:
+                cut.setdefault(f.key, set()).add((f.box, f.start, f.stop))
+            else:
+                spans[f.key].append((f.start, f.stop))
+        known: dict[tuple[tuple[int, ...], frozenset[_Held]], tuple[int, int] | None] = {}  # layers are alike
+        missing = []
+        for meta in self.tensors:
+            held = cut.get(meta.key)
+            if held is None:
+                gaps: Iterable[tuple[int, int]] = _gaps(sorted(spans[meta.key]), meta.numel)
+            else:
+                alike = (meta.shape, frozenset(held.union(((), *span) for span in spans[meta.key])))
+                if alike not in known:
+                    known[alike] = _gap(*alike)
+                gap = known[alike]
+                gaps = [] if gap is None else [gap]
+            missing += [(meta.name, meta.kind, start, stop) for start, stop in gaps]
+        return missing
 
     def validate(self) -> None:
         """Check that every fragment lies inside a listed tensor; raises IndexInvalid naming the first that
@@ -154,40 +219,43 @@ class StateIndex(msgspec.Struct, frozen=True):
         """
         if self.step < 0:
             raise IndexInvalid(f"step {self.step} is negative")
-        sizes: dict[TensorKey, tuple[int, int]] = {}
+        sizes: dict[TensorKey, tuple[int, int, TensorMeta]] = {}
         for meta in self.tensors:
             if meta.key in sizes:
                 raise IndexInvalid(f"{meta.name!r} ({meta.kind}) is listed twice")
-            sizes[meta.key] = (meta.numel, meta.itemsize)
+            sizes[meta.key] = (meta.numel, meta.itemsize, meta)
         for f in self.fragments:
             size = sizes.get((f.name, f.kind))
             if size is None:
-                raise IndexInvalid(
-                    f"fragment {f.start}:{f.stop} of {f.name!r} ({f.kind}), which is not a listed tensor"
-                )
-            numel, itemsize = size
+                raise IndexInvalid(f"fragment {f}, which is not a listed tensor")
+            numel, itemsize, meta = size
+            length = f.stop - f.start
+            if f.box or f.strides:
+                numel, length = _extent(f, meta)
             if not 0 <= f.start <= f.stop <= numel:
-                raise IndexInvalid(
-                    f"fragment {f.start}:{f.stop} of {f.name!r} ({f.kind}), which has {numel} elements"
-                )
-            if not 0 <= f.offset <= _LARGEST - (f.stop - f.start) * itemsize:
-                raise IndexInvalid(f"fragment {f.start}:{f.stop} of {f.name!r} ({f.kind}) at byte offset {f.offset}")
+                raise IndexInvalid(f"fragment {f}: there are {numel} elements")
+            if not 0 <= f.offset <= _LARGEST - length * itemsize:
+                raise IndexInvalid(f"fragment {f} at byte offset {f.offset}")
             if not 0 <= f.checksum < 2**64:
-                raise IndexInvalid(f"fragment {f.start}:{f.stop} of {f.name!r} ({f.kind}) has checksum {f.checksum}")
+                raise IndexInvalid(f"fragment {f} has checksum {f.checksum}")
 
     def to_bytes(self) -> bytes:
         """msgpack for a message or a file; fragments must belong to listed tensors."""
         tensor_of = {meta.key: number for number, meta in enumerate(self.tensors)}
         sources: dict[Source, int] = {}
-        rows = []
+        forms: dict[_Form, int] = {}
+        rows: list[tuple[int, int, int, int, int, int]] = []
+        cuts: list[tuple[int, int]] = []
         for f in self.fragments:
             if (f.name, f.kind) not in tensor_of:
-                raise IndexInvalid(
-                    f"fragment {f.start}:{f.stop} of {f.name!r} ({f.kind}), which is not a listed tensor"
-                )
+                raise IndexInvalid(f"fragment {f}, which is not a listed tensor")
+            if f.box or f.strides:
+                cuts.append((len(rows), forms.setdefault((f.box, f.strides), len(forms))))
             source = sources.setdefault(f.source, len(sources))
             rows.append((tensor_of[f.name, f.kind], source, f.start, f.stop, f.offset, f.checksum))
-        return msgspec.msgpack.encode(_Wire(_WIRE_VERSION, self.step, self.tensors, tuple(sources), rows))
+        return msgspec.msgpack.encode(
+            _Wire(_WIRE_VERSION, self.step, self.tensors, tuple(sources), rows, tuple(forms), cuts)
+        )
 
     @staticmethod
     def from_bytes(data: bytes | memoryview) -> "StateIndex":
@@ -195,10 +263,16 @@ class StateIndex(msgspec.Struct, frozen=True):
         try:
             wire = msgspec.msgpack.decode(data, type=_Wire)
         except (msgspec.MsgspecError, ValueError) as error:  # ValueError: text that is not UTF-8
-            raise IndexInvalid(f"not a state index: {error}") from error
+            raise IndexInvalid(f"not a state index{_version_told(data)}: {error}") from error
         if wire.version != _WIRE_VERSION:
-            raise IndexInvalid(f"state index of version {wire.version}; this everstep reads version {_WIRE_VERSION}")
-        index = StateIndex(wire.step, wire.tensors, tuple(_fragments(wire.tensors, wire.sources, wire.rows)))
+            raise IndexInvalid(f"a state index{_version_told(data)}")
+        fragments = list(_fragments(wire.tensors, wire.sources, wire.rows))
+        for row, number in wire.cuts:
+            if not (0 <= row < len(fragments) and 0 <= number < len(wire.forms)):
+                raise IndexInvalid(f"box {number} of {len(wire.forms)} for fragment {row} of {len(fragments)}")
+            f, (box, strides) = fragments[row], wire.forms[number]
+            fragments[row] = Fragment(f.name, f.kind, f.start, f.stop, f.source, f.offset, f.checksum, box, strides)
+        index = StateIndex(wire.step, wire.tensors, tuple(fragments))
         index.validate()
         return index
 
@@ -231,9 +305,21 @@ def merge(*indices: StateIndex) -> StateIndex:
     return merged
 
 
-def _order(f: Fragment) -> tuple[str, str, int, int, str, str, str, int, int]:
+def _order(f: Fragment) -> tuple[object, ...]:
     source = f.source
-    return (f.name, f.kind, f.start, f.stop, source.kind, source.holder, source.locator, f.offset, f.checksum)
+    return (
+        f.name, f.kind, f.start, f.stop, source.kind, source.holder, source.locator, f.offset, f.checksum,
+        f.box, f.strides,
+    )  # fmt: skip
+
+
+def _version_told(data: bytes | memoryview) -> str:
+    """What to say of the version of something that may be a state index of another one."""
+    try:
+        version = msgspec.msgpack.decode(data, type=_Versioned).version
+    except (msgspec.MsgspecError, ValueError):
+        return ""
+    return "" if version == _WIRE_VERSION else f" of version {version}; this everstep reads version {_WIRE_VERSION}"
 
 
 def _form(meta: TensorMeta) -> str:
@@ -263,3 +349,33 @@ def _gaps(spans: Sequence[tuple[int, int]], stop: int) -> Iterator[tuple[int, in
         position = max(position, end)
     if position < stop:
         yield position, stop
+
+
+_Held = tuple[Box, int, int]  # box, start, stop
+
+
+def _gap(shape: tuple[int, ...], held: Iterable[_Held]) -> tuple[int, int] | None:
+    """A flat range of a tensor that is in none of these ranges of boxes; None where there is none."""
+    everything = boxes.whole(shape)
+    covered = [part for box, start, stop in held for part in boxes.parts(box or everything, start, stop)]
+    # Sorted: which of several gaps is named must not depend on the order of a set.
+    gap = boxes.uncovered(everything, sorted(set(covered)))
+    return None if gap is None else boxes.first_run(gap, shape)
+
+
+def _extent(f: Fragment, meta: TensorMeta) -> tuple[int, int]:
+    """(elements in the fragment's box, elements from its first to its last one in the source).
+
+    Raises IndexInvalid when box or strides cannot be.
+    """
+    if f.box and not boxes.inside(f.box, meta.shape):
+        raise IndexInvalid(f"fragment {f}, whose shape is {list(meta.shape)}")
+    box = f.box or boxes.whole(meta.shape)
+    numel = boxes.numel(box)
+    if not f.strides:
+        return numel, f.stop - f.start
+    if len(f.strides) != len(box) or any(stride < 0 for stride in f.strides):
+        raise IndexInvalid(f"fragment {f} has strides {f.strides}; its shape is {list(meta.shape)}")
+    if (f.start, f.stop) != (0, numel) or f.checksum:
+        raise IndexInvalid(f"fragment {f} has strides: it must be all {numel} elements, and have no checksum")
+    return numel, boxes.span(box, f.strides)

@@ -11,37 +11,59 @@ Rules, in this order:
    `GRAIN_BYTES` ahead.
 4. Adjacent copies of one holder that are also adjacent in one source are one copy.
 The result depends on the sets of fragments and wants, never on their order.
+
+Ranges that are one run of their tensor are planned here, flat. A want of a box, and every want of a tensor that has a
+fragment which is no run of it, is planned in boxes (`box_planner.py`), by the same rules and with the same load.
 """
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
-from typing import Final
 
 import msgspec
 
+from everstep.storage import boxes
+from everstep.storage.box_planner import GRAIN_BYTES, Cells, Gap, cover
 from everstep.storage.errors import IndexInvalid, Unrecoverable
-from everstep.storage.index import Fragment, Source, StateIndex, TensorKey, TensorMeta
-
-# A request of 1 MiB costs a millisecond to move and some ten microseconds to ask for: finer spreading gains
-# nothing.
-GRAIN_BYTES: Final = 1 << 20
+from everstep.storage.index import Box, Fragment, Source, StateIndex, TensorKey, TensorMeta
 
 
 class Want(msgspec.Struct, frozen=True, gc=False, array_like=True):
-    """Elements [start, stop) of a tensor that `holder` (a member's name) needs."""
+    """Elements [start, stop) of a box of a tensor, in its row-major order, that `holder` (a member's name) needs.
+
+    `box` () is the whole tensor. What is wanted goes into memory that holds just these elements, without gaps.
+    """
 
     name: str
     kind: str
     start: int
     stop: int
     holder: str
+    box: Box = ()
+
+
+class Region(msgspec.Struct, frozen=True, gc=False, array_like=True):
+    """What a copy moves where that is not one run of the tensor: an n-d box of it, from strided to strided memory.
+
+    box             (first, extent) along each dimension of the tensor
+    strides         elements between neighbours in the source; the copy's `offset` is that of the box's first element
+    want            whose memory it goes to
+    target          element of that memory that the box's first element goes to
+    target_strides  elements between neighbours there
+    """
+
+    box: Box
+    strides: tuple[int, ...]
+    want: Want
+    target: int
+    target_strides: tuple[int, ...]
 
 
 class Copy(msgspec.Struct, frozen=True, gc=False, array_like=True):
     """Move elements [start, stop), `nbytes` bytes from byte `offset` of the source's payload, to `holder`.
 
     `fragments` are those of the source that the bytes belong to, in order; one that lies wholly inside
-    [start, stop) can be verified by its checksum when the bytes arrive (`whole_fragments`).
+    [start, stop) can be verified by its checksum when the bytes arrive (`whole_fragments`). In a flat copy they are
+    flat ranges too, whatever box the index tells them as; in one of a region they are the index's own.
     """
 
     name: str
@@ -53,6 +75,7 @@ class Copy(msgspec.Struct, frozen=True, gc=False, array_like=True):
     nbytes: int
     holder: str
     fragments: tuple[Fragment, ...]
+    region: Region | None = None  # then start is 0 and stop the number of elements moved
 
     @property
     def itemsize(self) -> int:
@@ -61,8 +84,10 @@ class Copy(msgspec.Struct, frozen=True, gc=False, array_like=True):
 
     def whole_fragments(self) -> list[tuple[int, int, int]]:
         """(first byte, end byte, xxh3_64) of every fragment inside the copied bytes whose checksum is
-        known.
+        known. None for a region.
         """
+        if self.region is not None:
+            return []
         size = self.itemsize
         return [
             ((f.start - self.start) * size, (f.stop - self.start) * size, f.checksum)
@@ -75,40 +100,99 @@ Cost = Callable[[Source, Want], int]
 
 
 def plan(have: StateIndex, want: Sequence[Want], cost: Cost) -> tuple[Copy, ...]:
-    """The copies that give every holder what it wants, ordered by holder, tensor and range.
+    """The copies that give every holder what it wants, ordered by holder, tensor and range; regions come last there.
 
     Raises Unrecoverable, naming tensor and range, where no fragment of `have` covers a wanted element, and
-    IndexInvalid for a range outside its tensor. `cost` is asked once for each source of a want; lower is
+    IndexInvalid for a range or a box outside its tensor. `cost` is asked once for each source of a want; lower is
     better.
     """
     metas = have.metas()
     sources = sorted({fragment.source for fragment in have.fragments})
     number = {source: rank for rank, source in enumerate(sources)}
-    wanted = {(w.name, w.kind) for w in want}
-    tables = {key: _Table() for key in wanted}
+    tables = {(w.name, w.kind): _Table() for w in want}
+    cut: set[TensorKey] = set()  # tensors with a fragment that is no run of them
     for fragment in have.fragments:
-        table = tables.get((fragment.name, fragment.kind))
+        key = (fragment.name, fragment.kind)
+        table = tables.get(key)
         if table is not None and fragment.start < fragment.stop:
+            if fragment.box or fragment.strides:
+                flat = fragment.as_run(metas[key].shape) if key in metas else None
+                if flat is None:
+                    cut.add(key)
+                    continue
+                fragment = flat
             table.add(fragment, number[fragment.source])
     for table in tables.values():
         table.sort()
+    cells = _cells(have, metas, cut.union((w.name, w.kind) for w in want if w.box), number)
     load = [0] * len(sources)
     reading: dict[str, tuple[int, int]] = {}
     copies: list[Copy] = []
-    for w in sorted(want, key=lambda w: (w.name, w.kind, w.start, w.stop, w.holder)):
+    regions: list[Copy] = []
+    for w in sorted(want, key=lambda w: (w.name, w.kind, w.start, w.stop, w.holder, w.box)):
         meta = _checked(metas, w)
         if w.start < w.stop:
-            copies += _cover(w, meta.itemsize, tables[w.name, w.kind], sources, cost, load, reading)
-    return tuple(_coalesced(copies))
+            if w.box or meta.key in cut:
+                regions += _regions(w, meta, cells[meta.key], sources, cost, load)
+            else:
+                copies += _cover(w, meta.itemsize, tables[meta.key], sources, cost, load, reading)
+    if not regions:
+        return tuple(_coalesced(copies))
+    return tuple(sorted([*_coalesced(copies), *regions], key=lambda c: (c.holder, c.name, c.kind)))
 
 
 def _checked(metas: dict[TensorKey, TensorMeta], w: Want) -> TensorMeta:
     meta = metas.get((w.name, w.kind))
     if meta is None:
         raise Unrecoverable(w.name, w.kind, w.start, w.stop, w.holder)
-    if not 0 <= w.start <= w.stop <= meta.numel:
-        raise IndexInvalid(f"{w.holder!r} wants {w.start}:{w.stop} of {w.name!r} ({w.kind}), which has {meta.numel}")
+    if w.box and not boxes.inside(w.box, meta.shape):
+        shape = list(meta.shape)
+        raise IndexInvalid(
+            f"{w.holder!r} wants {boxes.spell(w.box)} of {w.name!r} ({w.kind}), whose shape is {shape}"
+        )
+    numel = boxes.numel(w.box) if w.box else meta.numel
+    if not 0 <= w.start <= w.stop <= numel:
+        what = f"{w.name!r}{boxes.spell(w.box)} ({w.kind})"
+        raise IndexInvalid(f"{w.holder!r} wants {w.start}:{w.stop} of {what}, which has {numel}")
     return meta
+
+
+def _cells(
+    have: StateIndex, metas: dict[TensorKey, TensorMeta], keys: set[TensorKey], number: dict[Source, int]
+) -> dict[TensorKey, Cells]:
+    """All that there is of these tensors, in boxes; those that the index does not list are left out."""
+    if not keys:
+        return {}
+    held: dict[TensorKey, list[tuple[Fragment, int]]] = {key: [] for key in keys if key in metas}
+    for fragment in have.fragments:
+        found = held.get((fragment.name, fragment.kind))
+        if found is not None:
+            found.append((fragment, number[fragment.source]))
+    return {key: Cells(metas[key], fragments) for key, fragments in held.items()}
+
+
+def _regions(
+    w: Want, meta: TensorMeta, cells: Cells, sources: Sequence[Source], cost: Cost, load: list[int]
+) -> list[Copy]:
+    """Cover one want with boxes, in the order of the boxes."""
+    box = w.box or boxes.whole(meta.shape)
+    wanted = boxes.parts(box, w.start, w.stop)
+    try:
+        taken = cover(wanted, meta.itemsize, cells, lambda source: cost(sources[source], w), load)
+    except Gap as gap:
+        raise Unrecoverable(w.name, w.kind, *boxes.first_run(gap.box, meta.shape), w.holder) from None
+    target_strides = boxes.row_major(boxes.extents(box))
+    target_base = -boxes.position(box, target_strides) - w.start
+    copies = []
+    for cell in taken:
+        numel = boxes.numel(cell.box)
+        target = target_base + boxes.position(cell.box, target_strides)
+        offset = cell.base + boxes.position(cell.box, cell.strides) * meta.itemsize
+        region = Region(cell.box, cell.strides, w, target, target_strides)
+        nbytes = numel * meta.itemsize
+        source = sources[cell.source]
+        copies.append(Copy(w.name, w.kind, 0, numel, source, offset, nbytes, w.holder, cell.fragments, region))
+    return copies
 
 
 _Hit = tuple[int, int, int, Fragment]  # start, stop, number of the source, fragment

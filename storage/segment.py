@@ -3,7 +3,8 @@
 [Note: segment layout]
     0       seal: one header, written last and cleared first (see `_HEADER`); the rest of the page is zero
     4096    payload: fragments at 64-byte boundaries
-    ...     index: msgpack of the tensors and of (tensor, start, stop, offset, xxh3_64) for each fragment
+    ...     index: msgpack of the tensors, of (tensor, start, stop, offset, xxh3_64) for each fragment, of the boxes
+            that fragments are ranges of, and of (number of the fragment, of the box) for each that is
 A seal counts only with its own checksum right, and it carries the checksum of the index, which carries those
 of the payload: a header torn at any byte is no seal, and two equal seals stand for equal bytes.
 
@@ -26,6 +27,7 @@ from typing import TYPE_CHECKING, Final, Self
 import msgspec
 import xxhash
 
+from everstep.storage import boxes
 from everstep.storage.errors import (
     IndexInvalid,
     SegmentChanged,
@@ -33,14 +35,14 @@ from everstep.storage.errors import (
     SegmentError,
     SegmentFull,
 )
-from everstep.storage.index import Fragment, Source, StateIndex, TensorKey, TensorMeta
+from everstep.storage.index import Box, Fragment, Source, StateIndex, TensorKey, TensorMeta
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer  # collections.abc has it from Python 3.12 on
 
 SEAL_BYTES: Final = 4096
 ALIGN_BYTES: Final = 64
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 _MAGIC: Final = b"ESSEGMT\x01"
 # magic, format version, epoch, number, zero, step, payload bytes, index offset (from the payload's start),
 # index bytes, xxh3_64 of the index; then the xxh3_64 of all of that. Little endian.
@@ -67,21 +69,29 @@ class Seal(msgspec.Struct, frozen=True):
 class _Index(msgspec.Struct, frozen=True, array_like=True):
     tensors: tuple[TensorMeta, ...]
     rows: list[tuple[int, int, int, int, int]]  # tensor, start, stop, offset in the payload, xxh3_64
+    boxes: list[Box]
+    cuts: list[tuple[int, int]]  # row, box
 
 
-def sizes_of(pieces: Iterable[tuple[TensorMeta, int, int]]) -> tuple[int, int]:
-    """(bytes of the payload, at most as many of the index) of a segment of these (tensor, start, stop) pieces."""
+# (tensor, start, stop), with the box that they count in where that is not the whole tensor
+Piece = tuple[TensorMeta, int, int] | tuple[TensorMeta, int, int, Box]
+
+
+def sizes_of(pieces: Iterable[Piece]) -> tuple[int, int]:
+    """(bytes of the payload, at most as many of the index) of a segment of these pieces."""
     total = 0
     index = 64
-    for meta, start, stop in pieces:
+    for meta, start, stop, *box in pieces:
         total += _aligned((stop - start) * meta.itemsize)
-        # An upper bound: names and shape once a piece, five numbers of at most nine bytes each.
+        # An upper bound: names and shape once a piece, five numbers of at most nine bytes each; the same for a box.
         index += len(msgspec.msgpack.encode(meta)) + 5 * 9 + 1
+        if box:
+            index += len(msgspec.msgpack.encode(box[0])) + 2 * 9 + 1
     return total, index
 
 
-def required_bytes(pieces: Iterable[tuple[TensorMeta, int, int]]) -> int:
-    """File size that is enough for a segment of these (tensor, start, stop) pieces, whole pages."""
+def required_bytes(pieces: Iterable[Piece]) -> int:
+    """File size that is enough for a segment of these pieces, whole pages."""
     return capacity_of(*sizes_of(pieces))
 
 
@@ -184,6 +194,8 @@ class Writer:
         self._position = 0
         self._tensors: dict[TensorKey, tuple[int, TensorMeta]] = {}
         self._rows: list[tuple[int, int, int, int, int]] = []
+        self._boxes: dict[Box, int] = {}
+        self._cuts: list[tuple[int, int]] = []
 
     def begin(self) -> None:
         """Clear the seal: from here on the slot's former version is gone."""
@@ -191,21 +203,26 @@ class Writer:
         self._reset()
         self._begun = True
 
-    def place(self, meta: TensorMeta, start: int, stop: int) -> memoryview:
-        """Room for elements [start, stop) of a tensor, behind what was placed before: fill it, and say its
-        checksum (`checked`) before `seal`.
+    def place(self, meta: TensorMeta, start: int, stop: int, *, box: Box = ()) -> memoryview:
+        """Room for elements [start, stop) of a tensor, or of a box of it, behind what was placed before: fill it,
+        and say its checksum (`checked`) before `seal`.
 
-        Raises SegmentFull when it does not fit, IndexInvalid when the range is wrong.
+        Raises SegmentFull when it does not fit, IndexInvalid when the range or the box is wrong.
         """
         if not self._begun:
             raise SegmentError(f"{self._segment.path}: put before begin")
-        if not 0 <= start <= stop <= meta.numel:
-            raise IndexInvalid(f"{start}:{stop} of {meta.name!r} ({meta.kind}), which has {meta.numel} elements")
+        if box and not boxes.inside(box, meta.shape):
+            raise IndexInvalid(f"{_told(meta, start, stop, box)}, whose shape is {list(meta.shape)}")
+        numel = boxes.numel(box) if box else meta.numel
+        if not 0 <= start <= stop <= numel:
+            raise IndexInvalid(f"{_told(meta, start, stop, box)}, which has {numel} elements")
         number, known = self._tensors.setdefault(meta.key, (len(self._tensors), meta))
         if known != meta:
             raise IndexInvalid(f"{meta.name!r} ({meta.kind}) was put as {known} before, now as {meta}")
         offset, length = _aligned(self._position), (stop - start) * meta.itemsize
         room = _room(self._segment, offset, length)
+        if box:
+            self._cuts.append((len(self._rows), self._boxes.setdefault(box, len(self._boxes))))
         self._rows.append((number, start, stop, offset, _EMPTY_CHECKSUM if not length else _UNKNOWN))
         self._position = offset + length
         return room
@@ -220,8 +237,8 @@ class Writer:
         number, start, stop, offset, _ = self._rows[n]
         self._rows[n] = (number, start, stop, offset, checksum)
 
-    def put(self, meta: TensorMeta, start: int, stop: int, buffer: "Buffer") -> int:
-        """Append elements [start, stop) of a tensor; returns their byte offset in the payload.
+    def put(self, meta: TensorMeta, start: int, stop: int, buffer: "Buffer", *, box: Box = ()) -> int:
+        """Append elements [start, stop) of a tensor, or of a box of it; returns their byte offset in the payload.
 
         `buffer`: C-contiguous memory of exactly (stop - start) * itemsize bytes. Raises SegmentFull when it
         does not fit, IndexInvalid when the range or the length is wrong.
@@ -229,10 +246,10 @@ class Writer:
         data = memoryview(buffer).cast("B") if memoryview(buffer).nbytes else memoryview(b"")
         if data.nbytes != (stop - start) * meta.itemsize:
             raise IndexInvalid(
-                f"{data.nbytes} bytes for {start}:{stop} of {meta.name!r} ({meta.kind}), "
+                f"{data.nbytes} bytes for {_told(meta, start, stop, box)}, "
                 f"which has {meta.numel} elements of {meta.itemsize} bytes"
             )
-        room = self.place(meta, start, stop)
+        room = self.place(meta, start, stop, box=box)
         self.checked(len(self._rows) - 1, copy_hashed(data, room))
         return self._rows[-1][3]
 
@@ -244,7 +261,7 @@ class Writer:
             raise SegmentError(f"{self._segment.path}: seal before begin")
         assert all(row[4] != _UNKNOWN for row in self._rows), "a fragment was placed and its checksum never said"
         tensors = tuple(meta for _, meta in self._tensors.values())
-        index = msgspec.msgpack.encode(_Index(tensors, self._rows))
+        index = msgspec.msgpack.encode(_Index(tensors, self._rows, list(self._boxes), self._cuts))
         seal = seal_raw(self._segment, (epoch, number, step), self._position, index)
         self._begun = False
         return seal
@@ -298,10 +315,13 @@ def decode_index(data: bytes, step: int, payload_bytes: int, source: Source, pat
     """An index that was read from a segment, or kept by its group. Raises SegmentDamaged; `path` is for it."""
     try:
         wire = msgspec.msgpack.decode(data, type=_Index)
+        box_of = {row: wire.boxes[number] for row, number in wire.cuts}
         fragments = tuple(
-            Fragment(wire.tensors[t].name, wire.tensors[t].kind, start, stop, source, offset, checksum)
-            for t, start, stop, offset, checksum in wire.rows
-        )
+            Fragment(
+                wire.tensors[t].name, wire.tensors[t].kind, start, stop, source, offset, checksum, box_of.get(n, ()),
+            )
+            for n, (t, start, stop, offset, checksum) in enumerate(wire.rows)
+        )  # fmt: skip
         index = StateIndex(step, wire.tensors, fragments)
         index.validate()
     except (msgspec.MsgspecError, ValueError, IndexError) as error:  # IndexInvalid is a ValueError
@@ -309,7 +329,7 @@ def decode_index(data: bytes, step: int, payload_bytes: int, source: Source, pat
     metas = index.metas()
     for f in fragments:
         if f.offset + (f.stop - f.start) * metas[f.key].itemsize > payload_bytes:
-            raise SegmentDamaged(f"{path}: {f.start}:{f.stop} of {f.name!r} ({f.kind}) ends behind the payload")
+            raise SegmentDamaged(f"{path}: {f} end behind the payload")
     return index
 
 
@@ -383,9 +403,8 @@ def verify(segment: SegmentMap) -> Seal:
         data = payload(segment, f.offset, (f.stop - f.start) * metas[f.key].itemsize)
         if xxhash.xxh3_64_intdigest(data) != f.checksum:
             _check_unchanged(segment, seal)
-            raise SegmentDamaged(
-                f"{segment.path}: elements {f.start}:{f.stop} of {f.name!r} ({f.kind}) do not match their checksum"
-            )
+            what = _told(metas[f.key], f.start, f.stop, f.box)
+            raise SegmentDamaged(f"{segment.path}: elements {what} do not match their checksum")
     _check_unchanged(segment, seal)
     return seal
 
@@ -397,6 +416,10 @@ def _check_unchanged(segment: SegmentMap, seal: Seal) -> None:
         raise SegmentChanged(
             f"{segment.path}: expected step {seal.step} of view ({seal.epoch}, {seal.number}), there is {held}"
         )
+
+
+def _told(meta: TensorMeta, start: int, stop: int, box: Box) -> str:
+    return f"{start}:{stop} of {meta.name!r}{boxes.spell(box)} ({meta.kind})"
 
 
 def _pack(seal: Seal) -> bytes:

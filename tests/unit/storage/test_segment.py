@@ -285,6 +285,55 @@ def test_other_buffers_than_bytes_are_taken(path):
         assert read_range(segment, seal, offset, 160) == array.array("f", range(40)).tobytes()
 
 
+def test_ranges_of_boxes_come_back_with_their_boxes(path):
+    box, other = ((2, 3), (1, 2)), ((0, 5), (3, 1))
+    meta = TensorMeta("m", "param", "int16", (5, 4))
+    pieces = [(meta, 0, 4, box), (W, 0, 3), (meta, 4, 6, box), (meta, 0, 5, other), (meta, 0, 20), (meta, 2, 2, box)]
+    create_segment(path, required_bytes(pieces))
+    with SegmentMap(path, writable=True) as segment:
+        writer = Writer(segment)
+        writer.begin()
+        for n, (tensor, start, stop, *rest) in enumerate(pieces):
+            writer.put(tensor, start, stop, bytes([n] * ((stop - start) * tensor.itemsize)), box=(*rest, ())[0])
+        seal = writer.seal(1, 2, 3)
+        index = read_index(segment, seal, SOURCE)
+        assert [(f.name, f.start, f.stop, *([f.box] if f.box else [])) for f in index.fragments] == [
+            (tensor.name, *rest) for tensor, *rest in pieces
+        ]
+        assert verify(segment) == seal
+        segment.memory[SEAL_BYTES + index.fragments[2].offset] ^= 1
+        with pytest.raises(SegmentDamaged, match=r"elements 4:6 of 'm'\[2:5, 1:3\] \(param\)"):
+            verify(segment)
+
+
+def test_a_full_write_of_boxes_fits_exactly_what_was_asked_for(path):
+    # Boxes of many dimensions, and enough of them that rounding up to a page hides nothing.
+    meta = TensorMeta("w", "param", "int8", (2,) * 30)
+    pieces = [(meta, 0, 1, tuple((i >> d & 1, 1) for d in range(30))) for i in range(300)]
+    create_segment(path, required_bytes(pieces))
+    with SegmentMap(path, writable=True) as segment:
+        writer = Writer(segment)
+        writer.begin()
+        for meta, start, stop, box in pieces:
+            writer.put(meta, start, stop, b"x", box=box)
+        seal = writer.seal(1, 1, 1)
+        assert verify(segment) == seal
+
+
+def test_boxes_outside_their_tensor_are_refused(path):
+    create_segment(path, 2 * SEAL_BYTES)
+    meta = TensorMeta("m", "param", "int16", (5, 4))
+    with SegmentMap(path, writable=True) as segment:
+        writer = Writer(segment)
+        writer.begin()
+        for box in (((0, 6), (0, 4)), ((0, 5),), ((1, 5), (0, 4)), ((-1, 2), (0, 4))):
+            with pytest.raises(IndexInvalid, match=r"'m'\[.*whose shape is \[5, 4\]"):
+                writer.put(meta, 0, 1, b"xx", box=box)
+        with pytest.raises(IndexInvalid, match=r"0:7 of 'm'\[0:2, 1:4\] \(param\), which has 6 elements"):
+            writer.put(meta, 0, 7, bytes(14), box=((0, 2), (1, 3)))
+        assert writer.placed == 0
+
+
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(
