@@ -3,47 +3,49 @@
 Owns `Checkpoint` and `find_newest`. Nothing is ever unpickled, and every length is checked before memory is
 taken. A `Checkpoint` is an immutable view of a folder that does not change any more: safe in any thread.
 torch is imported only by `read`, which returns tensors.
+
+Damage (bytes, sizes or names that are not what the manifest says) is CheckpointCorrupt; a store that cannot be asked
+is StoreError, and says nothing about the checkpoint.
 """
 
 import hashlib
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-import xxhash
-
+from everstep.storage.blocks import Blocks
+from everstep.storage.damage import corrupt_block, fragment_at
 from everstep.storage.errors import (
     CheckpointCorrupt,
     CheckpointError,
     CheckpointNotFound,
     IndexInvalid,
+    StoreDenied,
+    StoreError,
+    StoreUnavailable,
 )
 from everstep.storage.index import Fragment, StateIndex, TensorKey, TensorMeta
-from everstep.storage.manifest import (
-    CheckpointName,
-    FileEntry,
-    Manifest,
-    local_path,
-    names,
-    read_manifest,
-)
+from everstep.storage.manifest import CheckpointName, Manifest, names, read_manifest
 from everstep.storage.planner import Copy, Want, plan
+from everstep.storage.reader import read_copies, verify_blocks
 from everstep.storage.state_hash import combine, tensor_line
+from everstep.storage.stores.opening import folder_at
+from everstep.storage.stores.port import Folder
 
 if TYPE_CHECKING:
     import torch
 
-_PIECE_BYTES: Final = 1 << 20
-_READER: Final = "reader"
+# Tensors are hashed in lots of that many bytes: small ones share a read of the blocks that they lie in.
+_LOT_BYTES: Final = 64 << 20
+
+Url = str | os.PathLike[str]
 
 
 class Rejected(NamedTuple):
     """A checkpoint's folder that was passed over, and why."""
 
-    folder: Path
+    folder: Folder
     reason: str
 
 
@@ -51,41 +53,65 @@ class Newest(NamedTuple):
     """What `find_newest` found; manifest and folder are None when nothing verified."""
 
     manifest: Manifest | None
-    folder: Path | None
+    folder: Folder | None
     rejected: tuple[Rejected, ...]
 
 
 class Checkpoint:
     """One checkpoint; get it from `Checkpoint.open`."""
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
+    def __init__(self, folder: Folder, manifest: Manifest) -> None:
         self.folder = folder
         self.manifest = manifest
-        self._files = {entry.name: entry for entry in manifest.files}
-        self._verified: set[Fragment] = set()
+        self._blocks: dict[str, Blocks] = {entry.name: entry.as_blocks() for entry in manifest.files}
 
     @staticmethod
-    def open(url: str | os.PathLike[str]) -> "Checkpoint":
-        """Open a checkpoint's folder, or the newest that verifies of a run's folder; a path or a file:// URL.
+    def open(url: Url) -> "Checkpoint":
+        """Open a checkpoint's folder, or the newest that verifies of a run's folder; a path or a URL.
 
-        Raises CheckpointNotFound, CheckpointUnsupported (a schema or URL of another version) or
-        CheckpointCorrupt (the manifest). The files are looked at by `verify` and the reads.
+        Raises CheckpointNotFound, CheckpointUnsupported (a schema or URL of another version), CheckpointCorrupt (the
+        manifest) or StoreError. The files are looked at by `verify` and the reads.
         """
-        folder = local_path(url)
+        folder = folder_at(url)
         try:
-            manifest = read_manifest(folder)
+            return Checkpoint.of(folder)
         except CheckpointNotFound:
             newest = find_newest(folder)
             if newest.manifest is not None and newest.folder is not None:
                 return Checkpoint(newest.folder, newest.manifest)
             if newest.rejected:
-                reasons = "; ".join(f"{path.name}: {reason}" for path, reason in newest.rejected)
+                reasons = "; ".join(f"{rejected.name}: {reason}" for rejected, reason in newest.rejected)
                 raise CheckpointNotFound(f"{folder}: no checkpoint verifies: {reasons}") from None
             raise
+
+    @staticmethod
+    def of(folder: Folder) -> "Checkpoint":
+        """The checkpoint in just this folder; raises as `open` does."""
+        manifest = read_manifest(folder)
         name = CheckpointName.parse(folder.name)
         if name is not None and name != manifest.name:
-            raise CheckpointCorrupt(str(folder), f"its manifest is that of {manifest.name}")
+            raise CheckpointCorrupt(folder.url, f"its manifest is that of {manifest.name}")
         return Checkpoint(folder, manifest)
+
+    @classmethod
+    def import_from(cls, format: str, src: str, url: str, **options: Any) -> "Checkpoint":
+        """Write what is at `src` in another format ("dcp", "deepspeed", "safetensors", "megatron") as a checkpoint
+        under `url`; see `formats/convert.py`.
+        """
+        from everstep.storage.formats.convert import import_checkpoint
+
+        return import_checkpoint(format, src, url, **options)
+
+    def export(self, format: str, dst: str, **options: Any) -> None:
+        """Write it in another format ("safetensors", "dcp") to `dst`; see `formats/convert.py`."""
+        from everstep.storage.formats.convert import export_checkpoint
+
+        export_checkpoint(self, format, dst, **options)
+
+    @property
+    def url(self) -> str:
+        """The folder's URL; a plain path for a local one."""
+        return self.folder.url
 
     @property
     def index(self) -> StateIndex:
@@ -94,23 +120,58 @@ class Checkpoint:
 
     def check_sizes(self) -> None:
         """Check that every file is there with its size, without reading it; raises CheckpointCorrupt."""
+        sizes = {e.name: e.bytes for e in self.folder.store.entries(self.folder.path) if not e.is_folder}
         for entry in self.manifest.files:
-            path = self.folder / entry.name
-            try:
-                size = path.stat(follow_symlinks=False).st_size
-            except OSError as error:
-                raise CheckpointCorrupt(str(path), f"cannot be read: {error.strerror}") from error
+            size = sizes.get(entry.name)
+            if size is None:
+                raise CheckpointCorrupt(self._file(entry.name), "there is no such file", *self._at(entry.name, 0))
             if size != entry.bytes:
-                raise CheckpointCorrupt(str(path), f"{size} bytes instead of {entry.bytes}", *self._at(entry, size))
+                reason = f"{size} bytes instead of {entry.bytes}"
+                raise CheckpointCorrupt(self._file(entry.name), reason, *self._at(entry.name, size))
 
-    def verify(self) -> None:
-        """Read every byte and check it; raises CheckpointCorrupt naming file, tensor and element range."""
+    def verify(self, threads: int = 4, on_bytes: Callable[[int], None] | None = None) -> None:
+        """Read every byte and check it; raises CheckpointCorrupt naming file, tensor and element range.
+
+        `on_bytes(n)` hears of n more bytes read, one call at a time.
+        """
         self.check_sizes()
-        fragments: dict[str, list[Fragment]] = {entry.name: [] for entry in self.manifest.files}
-        for fragment in self.index.fragments:
-            fragments[fragment.source.locator].append(fragment)
-        for entry in self.manifest.files:
-            self._verify_file(entry, sorted(fragments[entry.name], key=lambda f: (f.offset, f.stop - f.start)))
+        verify_blocks(self.folder, self._blocks, threads=threads, on_bytes=on_bytes, damaged=self._damaged)
+
+    def load(
+        self,
+        targets: Sequence[tuple[Want, memoryview]],
+        threads: int = 4,
+        memory_bytes: int = 64 << 20,
+        on_bytes: Callable[[int], None] | None = None,
+    ) -> None:
+        """Fill each want's memory, (stop - start) * itemsize bytes, with its elements one behind the other.
+
+        Only the blocks that are needed are read, each once; `memory_bytes` are held besides. `on_bytes(n)` hears of n
+        more bytes read. Raises CheckpointCorrupt, when targets may hold anything, Unrecoverable for a tensor that is
+        not there, IndexInvalid for a range or memory that does not fit, StoreError.
+        """
+        self._load(self.index, targets, threads, memory_bytes, on_bytes)
+
+    def read_copies(
+        self,
+        targets: Sequence[tuple[Copy, memoryview]],
+        threads: int = 4,
+        memory_bytes: int = 64 << 20,
+        on_bytes: Callable[[int], None] | None = None,
+    ) -> None:
+        """Fill the targets of copies that were planned on `index`; see `load`, and `reader.py` for the memory."""
+        read_copies(
+            self.folder, self._blocks, targets, threads=threads, memory_bytes=memory_bytes, on_bytes=on_bytes,
+            damaged=self._damaged,
+        )  # fmt: skip
+
+    def read_into(self, copy: Copy, out: memoryview) -> None:
+        """Read one planned copy into `out` (exactly its length, or for a region its want's memory), in this thread.
+
+        Every byte is checked: the blocks that it lies in are read whole. For many copies take `read_copies`, which
+        reads a block that several of them lie in once. Raises as that does.
+        """
+        self.read_copies([(copy, out)], threads=1)
 
     def read(self, name: str, kind: str = "param") -> "torch.Tensor":
         """One whole tensor, on the CPU, in its own memory.
@@ -134,52 +195,17 @@ class Checkpoint:
             raise KeyError(f"{self.folder} has no tensor {name!r} of kind {kind!r}; {hint}")
         meta = part.tensors[0]
         data = bytearray(meta.nbytes)
-        for copy in plan(part, [Want(name, kind, 0, meta.numel, _READER)], lambda source, want: 0):
-            self.read_into(copy, memoryview(data)[copy.start * meta.itemsize :][: copy.nbytes])
+        self._load(part, [(Want(name, kind, 0, meta.numel, ""), memoryview(data))])
         return meta, data
-
-    def read_range(self, copy: Copy, *, verify: bool = True) -> bytes:
-        """The bytes of a planned copy out of this checkpoint; see `read_into`."""
-        if not 0 <= copy.nbytes <= self._entry(copy).bytes:
-            raise IndexInvalid(f"{copy.nbytes} bytes of {copy.source.locator}")
-        data = bytearray(copy.nbytes)
-        self.read_into(copy, memoryview(data), verify=verify)
-        return bytes(data)
-
-    def read_into(self, copy: Copy, out: memoryview, *, verify: bool = True) -> None:
-        """Read a planned copy into `out` (exactly its length).
-
-        A fragment that is copied whole is checked as it is read. One that is copied in part is read whole
-        once to be checked, unless it was before (by `verify` too), or `verify` is off. Raises
-        CheckpointCorrupt.
-        """
-        entry = self._entry(copy)
-        if copy.offset < 0 or copy.offset + copy.nbytes > entry.bytes or out.nbytes != copy.nbytes:
-            raise IndexInvalid(f"bytes {copy.offset}:{copy.offset + copy.nbytes} of {entry.name}, {entry.bytes} long")
-        out = out.cast("B") if out.nbytes else out
-        path = self.folder / entry.name
-        with _opened(path) as fd:
-            got = _read_fully(fd, out, copy.offset)
-            if got != copy.nbytes:
-                raise CheckpointCorrupt(str(path), "cut off", copy.name, copy.kind, copy.start, copy.stop)
-            if not verify or not copy.nbytes:
-                return
-            size = copy.itemsize
-            for f in copy.fragments:
-                if not f.checksum or f.start == f.stop:
-                    continue
-                if copy.start <= f.start and f.stop <= copy.stop:
-                    part = out[(f.start - copy.start) * size : (f.stop - copy.start) * size]
-                    self._check(path, f, xxhash.xxh3_64_intdigest(part))
-                elif f not in self._verified:
-                    self._check(path, f, self._digest(fd, f, (f.stop - f.start) * size))
 
     def state_sha256(self) -> str:
         """The design's hash of the whole state, as a run that stands at this checkpoint reports it."""
         lines = []
-        for meta in self.index.tensors:
-            _, data = self.read_bytes(meta.name, meta.kind)
-            lines.append(tensor_line(meta, hashlib.sha256(data).hexdigest()))
+        for lot in _lots(self.index.tensors):
+            data = [bytearray(meta.nbytes) for meta in lot]
+            wants = [Want(meta.name, meta.kind, 0, meta.numel, "") for meta in lot]
+            self.load([(want, memoryview(part)) for want, part in zip(wants, data, strict=True)])
+            lines += [tensor_line(m, hashlib.sha256(part).hexdigest()) for m, part in zip(lot, data, strict=True)]
         return combine(lines, self.manifest.step)
 
     @cached_property
@@ -191,109 +217,85 @@ class Checkpoint:
             meta.key: StateIndex(self.index.step, (meta,), tuple(fragments[meta.key])) for meta in self.index.tensors
         }
 
-    def _entry(self, copy: Copy) -> FileEntry:
-        entry = self._files.get(copy.source.locator)
-        if copy.source.kind != "file" or entry is None:
-            raise IndexInvalid(f"{copy.source} is no file of {self.folder}")
-        return entry
+    def _load(
+        self,
+        index: StateIndex,
+        targets: Sequence[tuple[Want, memoryview]],
+        threads: int = 4,
+        memory_bytes: int = 64 << 20,
+        on_bytes: Callable[[int], None] | None = None,
+    ) -> None:
+        self.read_copies(planned(index, targets), threads, memory_bytes, on_bytes)
 
-    def _at(self, entry: FileEntry, position: int) -> tuple[str, str, int, int]:
-        """The first fragment of a file that does not end before byte `position`."""
-        metas = self.index.metas()
-        touched = [
-            f
-            for f in self.index.fragments
-            if f.source.locator == entry.name and f.offset + (f.stop - f.start) * metas[f.key].itemsize > position
-        ]
-        first = min(touched, key=lambda f: f.offset, default=None)
-        return ("", "", 0, 0) if first is None else (first.name, first.kind, first.start, first.stop)
+    def _file(self, name: str) -> str:
+        return self.folder.child(name).url
 
-    def _verify_file(self, entry: FileEntry, fragments: list[Fragment]) -> None:
-        """One pass: the checksum of each fragment, and of the file, which the bytes between them are part
-        of.
-        """
-        path = self.folder / entry.name
-        metas = self.index.metas()
-        whole = xxhash.xxh3_64()
-        position = 0
-        with _opened(path) as fd:
-            for f in fragments:
-                length = (f.stop - f.start) * metas[f.key].itemsize
-                _hash(fd, position, f.offset - position, whole)
-                self._check(path, f, self._digest(fd, f, length, whole))
-                position = f.offset + length
-            _hash(fd, position, entry.bytes - position, whole)
-        if whole.intdigest() != entry.xxh3:
-            raise CheckpointCorrupt(str(path), "damaged outside of its tensors (the header)")
+    def _at(self, file: str, position: int) -> tuple[str, str, int, int]:
+        f = fragment_at(self.index, file, position)
+        return ("", "", 0, 0) if f is None else (f.name, f.kind, f.start, f.stop)
 
-    def _digest(self, fd: int, f: Fragment, length: int, whole: xxhash.xxh3_64 | None = None) -> int:
-        own = xxhash.xxh3_64()
-        _hash(fd, f.offset, length, own, whole)
-        return own.intdigest()
-
-    def _check(self, path: Path, f: Fragment, digest: int) -> None:
-        if digest != f.checksum:
-            reason = "its bytes do not match their checksum"
-            raise CheckpointCorrupt(str(path), reason, f.name, f.kind, f.start, f.stop)
-        self._verified.add(f)
+    def _damaged(self, file: str, first: int, end: int) -> Exception:
+        """What is wrong with bytes [first, end) of a file, which are not what they should be."""
+        try:
+            self.check_sizes()
+            return corrupt_block(self.folder, file, self.index, first, end)
+        except (CheckpointCorrupt, StoreError) as error:
+            return error
 
 
-def find_newest(root: str | os.PathLike[str]) -> Newest:
+def planned(index: StateIndex, targets: Sequence[tuple[Want, memoryview]]) -> list[tuple[Copy, memoryview]]:
+    """The copies that fill each want's memory, and the memory of each, as `read_copies` takes it.
+
+    Raises IndexInvalid for memory of another length than the want's.
+    """
+    metas = index.metas()
+    # A holder for each want: copies of one holder may be joined over its wants, whose memories are not one.
+    wants = [
+        Want(want.name, want.kind, want.start, want.stop, str(number), want.box)
+        for number, (want, _) in enumerate(targets)
+    ]
+    found = []
+    for copy in plan(index, wants, lambda source, want: 0):
+        want, (_, target) = wants[int(copy.holder)], targets[int(copy.holder)]
+        size = metas[copy.name, copy.kind].itemsize
+        if target.nbytes != (want.stop - want.start) * size:
+            text = f"{target.nbytes} bytes of memory for {want.start}:{want.stop} of {copy.name!r} ({copy.kind})"
+            raise IndexInvalid(f"{text}, {size} bytes each")
+        memory = target.cast("B")
+        if copy.region is None:
+            memory = memory[(copy.start - want.start) * size : (copy.stop - want.start) * size]
+        found.append((copy, memory))
+    return found
+
+
+def find_newest(root: Folder | Url) -> Newest:
     """The newest checkpoint of a run's folder (see `run_folder`) that verifies, by (step, epoch, attempt).
 
     Reads all its bytes. Also says which newer ones were passed over, and why, so that a user sees what is
-    lost.
+    lost. Raises StoreError when storage cannot be asked: a checkpoint that cannot be reached for now is not damaged.
     """
-    base = local_path(root)
+    base = root if isinstance(root, Folder) else folder_at(root)
     rejected = []
     for name in reversed(names(base)):
-        folder = base / str(name)
+        folder = base.child(str(name))
         try:
-            manifest = read_manifest(folder)
-            if manifest.name != name:
-                raise CheckpointCorrupt(str(folder), f"its manifest is that of {manifest.name}")
-            Checkpoint(folder, manifest).verify()
-        except CheckpointError as error:
+            checkpoint = Checkpoint.of(folder)
+            checkpoint.verify()
+        except (StoreUnavailable, StoreDenied):
+            raise
+        except (CheckpointError, StoreError) as error:
             rejected.append(Rejected(folder, str(error)))
             continue
-        return Newest(manifest, folder, tuple(rejected))
+        return Newest(checkpoint.manifest, folder, tuple(rejected))
     return Newest(None, None, tuple(rejected))
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[int]:
-    """A file of a checkpoint, as a descriptor to read; what the system refuses is CheckpointCorrupt."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        try:
-            yield fd
-        finally:
-            os.close(fd)
-    except OSError as error:
-        raise CheckpointCorrupt(str(path), f"cannot be read: {error.strerror}") from error
-
-
-def _read_fully(fd: int, out: memoryview, offset: int) -> int:
-    """Fill `out` from byte `offset`; returns how many bytes there were."""
-    got = 0
-    while got < out.nbytes:
-        count = os.preadv(fd, [out[got:]], offset + got)
-        if count == 0:
-            break
-        got += count
-    return got
-
-
-def _hash(fd: int, offset: int, length: int, *hashes: xxhash.xxh3_64 | None) -> None:
-    """Feed bytes of a file to hashes, piece by piece; a file that ends early gives another digest."""
-    buffer = memoryview(bytearray(min(length, _PIECE_BYTES)))
-    end = offset + length
-    while offset < end:
-        piece = buffer[: min(end - offset, _PIECE_BYTES)]
-        piece = piece[: _read_fully(fd, piece, offset)]
-        if not piece:
-            return
-        for digest in hashes:
-            if digest is not None:
-                digest.update(piece)
-        offset += len(piece)
+def _lots(metas: Sequence[TensorMeta]) -> Iterator[list[TensorMeta]]:
+    lot: list[TensorMeta] = []
+    for meta in metas:
+        if lot and sum(m.nbytes for m in lot) + meta.nbytes > _LOT_BYTES:
+            yield lot
+            lot = []
+        lot.append(meta)
+    if lot:
+        yield lot

@@ -1,34 +1,42 @@
 """Rank files: the safetensors file that holds one rank's fragments in a checkpoint.
 
-Owns the writing of the safetensors format, by hand, because the file is streamed from a mapped
-segment (nothing is held in memory but one piece). Every fragment is a 1-D tensor with
-the key `name|kind|start:stop`; any safetensors library can read the file. Functions here keep no state and
-are safe in any thread; a segment must be pinned while `write_rank_file` reads it (`versions.py`).
+Owns the writing of the safetensors format, by hand, because the file is streamed: nothing is held in memory but the
+parts that are on their way. Every fragment is a 1-D tensor with the key `name|kind|start:stop`, or
+`name|kind|first+extent,first+extent|start:stop` where it is a box of its tensor; any safetensors library can read the
+file. Functions here keep no state and are safe in any thread; a segment must be pinned while `write_rank_file` reads
+it (`versions.py`).
 
     8 bytes   length of the header, little endian
     header    JSON {"__metadata__": {…}, key: {"dtype", "shape", "data_offsets": [first, end]}, …}, blanks
     data      the fragments without gaps, largest elements first, so that each is aligned to its element size
+
+One producer (the caller's thread) fills the store's parts and hashes them, `threads` writers hand them to the store.
 """
 
-import contextlib
 import json
 import os
 import struct
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Final
 
 import msgspec
+import numpy as np
 import xxhash
 
+from everstep.storage.blocks import BLOCK_BYTES
 from everstep.storage.errors import (
     CheckpointError,
     CheckpointExists,
     IndexInvalid,
     SegmentChanged,
     SegmentDamaged,
+    StoreExists,
 )
 from everstep.storage.index import Fragment, Source, StateIndex, TensorKey, TensorMeta
+from everstep.storage.part_writers import PartWriters
 from everstep.storage.segment import Seal, SegmentMap, payload, read_index, read_seal
+from everstep.storage.stores.port import Folder
 
 SAFETENSORS_DTYPES: Final = {
     "float64": "F64",
@@ -50,19 +58,23 @@ SAFETENSORS_DTYPES: Final = {
 }
 _LENGTH: Final = struct.Struct("<Q")
 _HEADER_LIMIT_BYTES: Final = 100_000_000  # the safetensors library's own limit
-_ALIGN_BYTES: Final = 64
-PIECE_BYTES: Final = 1 << 20
+# A page: then tensors of whole pages lie on pages too, which is where copies out of the page cache are fastest.
+_ALIGN_BYTES: Final = 4096
+# Filled and hashed piece by piece, so that the hashes read what is still in a core's cache.
+_PIECE_BYTES: Final = 512 << 10
+
+# Delivers bytes [first, first + len(out)) of a fragment into `out`.
+Fill = Callable[[Fragment, int, memoryview], None]
 
 
 class FileRecord(msgspec.Struct, frozen=True):
-    """One written file: its name in the checkpoint's folder, size, xxh3_64, and the fragments in it.
-
-    The offsets of the fragments count from the start of the file.
+    """One written file: its name in the checkpoint's folder, size, the xxh3_64 of each of its blocks, and the
+    fragments in it. The offsets of the fragments count from the start of the file.
     """
 
     name: str
     bytes: int
-    xxh3: int
+    blocks: tuple[int, ...]
     tensors: tuple[TensorMeta, ...]
     fragments: tuple[Fragment, ...]
 
@@ -71,41 +83,59 @@ class FileRecord(msgspec.Struct, frozen=True):
         return StateIndex(step, self.tensors, self.fragments)
 
 
-def write_rank_file(segment: SegmentMap, seal: Seal, folder: str | os.PathLike[str], name: str) -> FileRecord:
-    """Write a sealed segment into `folder`/`name`, flushed to the disk; called by the segment's manager.
+def write_file(
+    folder: Folder,
+    name: str,
+    index: StateIndex,
+    fill: Fill,
+    *,
+    threads: int = 2,
+    memory_bytes: int = 64 << 20,
+    metadata: Mapping[str, str] | None = None,
+    on_bytes: Callable[[int], None] | None = None,
+) -> FileRecord:
+    """Write the fragments of `index` into a new file; returns once it would survive a power cut.
 
-    Every byte is checked against the segment's checksums on its way. Raises SegmentChanged or SegmentDamaged
-    when the segment is not what `seal` says, CheckpointExists when the file is there (names are never
-    reused), CheckpointError when storage refuses (full, no rights). A file that could not be finished is
-    removed.
+    `fill(fragment, first, out)` delivers bytes of a fragment of `index`, called in the order of the file by the
+    calling thread; what it put into `out` is what is hashed and written. Sources, offsets and strides in `index` are
+    the filler's own. A fragment whose checksum is known is compared with it. At most `memory_bytes` are held, or one
+    part of the store where that is longer; `on_bytes(n)` hears of n more bytes written, from any thread.
+
+    Raises CheckpointExists when the file is there (names are never reused), SegmentDamaged when what is delivered
+    does not match its checksum, StoreError when the store refuses, and what `fill` raises. Nothing is left then.
     """
-    path = Path(folder) / checked_file_name(name)
-    index = read_index(segment, seal, Source("file", "", name))
-    metas = index.metas()
-    order = sorted(index.fragments, key=lambda f: (-metas[f.key].itemsize, f.offset))
-    header, offsets = _header(index, order, seal)
-    try:
-        fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-    except FileExistsError as error:
-        raise CheckpointExists(f"{path} is there already") from error
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot create it: {error.strerror}") from error
-    try:
-        try:
-            size, xxh3 = _stream(fd, header, order, metas, segment, seal)
-        finally:
-            os.close(fd)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            os.unlink(path)
-        if isinstance(error, OSError):
-            raise CheckpointError(f"{path}: cannot write it: {error.strerror}") from error
-        raise
-    fragments = tuple(
-        Fragment(f.name, f.kind, f.start, f.stop, f.source, offset, f.checksum)
-        for f, offset in zip(order, offsets, strict=True)
-    )
-    return FileRecord(name, size, xxh3, index.tensors, fragments)
+    return _write(folder, name, index, fill, threads, memory_bytes, metadata or {}, on_bytes, lambda: None)
+
+
+def write_rank_file(
+    segment: SegmentMap,
+    seal: Seal,
+    folder: Folder,
+    name: str,
+    *,
+    threads: int = 2,
+    memory_bytes: int = 64 << 20,
+    on_bytes: Callable[[int], None] | None = None,
+) -> FileRecord:
+    """Write a sealed segment into the file `name` of `folder`; called by the segment's manager.
+
+    Every byte is checked against the segment's checksums on its way. Raises SegmentChanged or SegmentDamaged when the
+    segment is not what `seal` says, and as `write_file` does.
+    """
+    index = read_index(segment, seal, Source("segment", "", segment.path))
+    by_offset = sorted(index.fragments, key=lambda f: f.offset)  # a stable order of reading, whatever the index has
+
+    def fill(f: Fragment, first: int, out: memoryview) -> None:
+        data = payload(segment, f.offset + first, len(out))
+        np.copyto(np.frombuffer(out, np.uint8), np.frombuffer(data, np.uint8))  # releases the interpreter's lock
+
+    def unchanged() -> None:
+        if read_seal(segment) != seal:
+            raise SegmentChanged(f"{segment.path}: rewritten while a checkpoint was written from it")
+
+    pieces = StateIndex(index.step, index.tensors, tuple(by_offset))
+    metadata = {"step": str(seal.step), "view": f"{seal.epoch}.{seal.number}"}
+    return _write(folder, name, pieces, fill, threads, memory_bytes, metadata, on_bytes, unchanged)
 
 
 def checked_file_name(name: str) -> str:
@@ -118,23 +148,60 @@ def checked_file_name(name: str) -> str:
 
 
 def fragment_key(fragment: Fragment) -> str:
-    """The fragment's key in a rank file: `name|kind|start:stop`."""
-    return f"{fragment.name}|{fragment.kind}|{fragment.start}:{fragment.stop}"
+    """The fragment's key in a rank file, see the top of this file."""
+    box = ",".join(f"{first}+{extent}" for first, extent in fragment.box)
+    return f"{fragment.name}|{fragment.kind}|{box}{'|' if box else ''}{fragment.start}:{fragment.stop}"
 
 
-def _header(index: StateIndex, order: list[Fragment], seal: Seal) -> tuple[bytes, list[int]]:
+def _write(
+    folder: Folder,
+    name: str,
+    index: StateIndex,
+    fill: Fill,
+    threads: int,
+    memory_bytes: int,
+    metadata: Mapping[str, str],
+    on_bytes: Callable[[int], None] | None,
+    unchanged: Callable[[], None],
+) -> FileRecord:
+    """`write_file`, with a last look at where the bytes came from before the file becomes visible."""
+    path = folder.child(checked_file_name(name)).path
+    metas = index.metas()
+    order = sorted(index.fragments, key=lambda f: -metas[f.key].itemsize)
+    header, offsets = _header(metas, order, metadata)
+    last_bytes = (order[-1].stop - order[-1].start) * metas[order[-1].key].itemsize if order else 0
+    nbytes = offsets[-1] + last_bytes if order else len(header)
+    try:
+        upload = folder.store.upload(path, nbytes)
+        try:
+            writers = PartWriters(upload, nbytes, folder.store.part_bytes(nbytes), threads, memory_bytes, on_bytes)
+            try:
+                with writers:
+                    blocks, checksums = _Producer(writers, fill).produce(header, order, metas)
+            finally:
+                # Looked at last, and also when a checksum is wrong: a rewritten segment is not a damaged one.
+                unchanged()
+            upload.finish()
+        except BaseException:
+            upload.abort()
+            raise
+    except StoreExists as error:
+        raise CheckpointExists(f"{folder.child(name)} is there already") from error
+    source = Source("file", "", name)
+    fragments = tuple(
+        Fragment(f.name, f.kind, f.start, f.stop, source, offset, checksum, f.box)
+        for f, offset, checksum in zip(order, offsets, checksums, strict=True)
+    )
+    return FileRecord(name, nbytes, tuple(blocks), index.tensors, fragments)
+
+
+def _header(
+    metas: dict[TensorKey, TensorMeta], order: Sequence[Fragment], metadata: Mapping[str, str]
+) -> tuple[bytes, list[int]]:
     """The length and header of a file with these fragments in this order, and the offset of each in the
     file.
     """
-    metas = index.metas()
-    entries: dict[str, Any] = {
-        "__metadata__": {
-            "format": "pt",
-            "everstep": "rank file 1",
-            "step": str(seal.step),
-            "view": f"{seal.epoch}.{seal.number}",
-        }
-    }
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt", "everstep": "rank file 2", **metadata}}
     starts: list[int] = []
     position = 0
     for f in order:
@@ -144,7 +211,7 @@ def _header(index: StateIndex, order: list[Fragment], seal: Seal) -> tuple[bytes
         end = position + (f.stop - f.start) * meta.itemsize
         key = fragment_key(f)
         if key in entries:
-            raise IndexInvalid(f"the segment holds {f.start}:{f.stop} of {f.name!r} ({f.kind}) twice")
+            raise IndexInvalid(f"{f.start}:{f.stop} of {f.name!r} ({f.kind}) is to be written twice into one file")
         entries[key] = {
             "dtype": SAFETENSORS_DTYPES[meta.dtype],
             "shape": [f.stop - f.start],
@@ -160,44 +227,57 @@ def _header(index: StateIndex, order: list[Fragment], seal: Seal) -> tuple[bytes
     return header, [len(header) + start for start in starts]
 
 
-def _stream(
-    fd: int,
-    header: bytes,
-    order: list[Fragment],
-    metas: dict[TensorKey, TensorMeta],
-    segment: SegmentMap,
-    seal: Seal,
-) -> tuple[int, int]:
-    """Write header and fragments, flush them; returns the file's size in bytes and its xxh3_64."""
-    whole = xxhash.xxh3_64()
-    _write(fd, header, whole)
-    try:
+class _Producer:
+    """Fills one part after the other; hashes blocks and fragments as it goes. One thread."""
+
+    def __init__(self, writers: PartWriters, fill: Fill) -> None:
+        self._writers = writers
+        self._fill = fill
+        self._position = 0
+        self._block = xxhash.xxh3_64()
+        self._blocks: list[int] = []
+
+    def produce(
+        self, header: bytes, order: Sequence[Fragment], metas: dict[TensorKey, TensorMeta]
+    ) -> tuple[list[int], list[int]]:
+        """The whole file; the xxh3_64 of each block and of each fragment."""
+        checksums = []
+
+        def copy_header(first: int, out: memoryview) -> None:
+            out[:] = header[first : first + len(out)]
+
+        self._put(len(header), copy_header, None)
         for f in order:
-            _write_fragment(fd, segment, f, (f.stop - f.start) * metas[f.key].itemsize, whole)
-    finally:
-        # Looked at last, and also when a checksum is wrong: a rewritten segment is not a damaged one.
-        if read_seal(segment) != seal:
-            raise SegmentChanged(f"{segment.path}: rewritten while a checkpoint was written from it")
-    os.fsync(fd)
-    return os.fstat(fd).st_size, whole.intdigest()
+            own = xxhash.xxh3_64()
+            self._put((f.stop - f.start) * metas[f.key].itemsize, partial(self._fill, f), own)
+            checksum = own.intdigest()
+            if f.checksum and checksum != f.checksum:
+                where = f"{f.source.locator}: " if f.source.locator else ""
+                raise SegmentDamaged(
+                    f"{where}elements {f.start}:{f.stop} of {f.name!r} ({f.kind}) do not match their checksum",
+                    f.source.locator,
+                )
+            checksums.append(checksum)
+        if self._position % BLOCK_BYTES:
+            self._end_block()
+        return self._blocks, checksums
 
+    def _put(self, length: int, fill: Callable[[int, memoryview], None], own: xxhash.xxh3_64 | None) -> None:
+        first = 0
+        while first < length:
+            room = self._writers.room(self._position)
+            in_block = BLOCK_BYTES - self._position % BLOCK_BYTES
+            piece = room[: min(length - first, in_block, _PIECE_BYTES)]
+            fill(first, piece)
+            if own is not None:
+                own.update(piece)
+            self._block.update(piece)
+            first += len(piece)
+            self._position += len(piece)
+            self._writers.filled(self._position)
+            if len(piece) == in_block:
+                self._end_block()
 
-def _write_fragment(fd: int, segment: SegmentMap, f: Fragment, length: int, whole: xxhash.xxh3_64) -> None:
-    data = payload(segment, f.offset, length)
-    own = xxhash.xxh3_64()
-    for first in range(0, length, PIECE_BYTES):
-        # Copied once, so that what is hashed is what is written, even when the segment changes under us.
-        piece = bytes(data[first : first + PIECE_BYTES])
-        own.update(piece)
-        _write(fd, piece, whole)
-    if own.intdigest() != f.checksum:
-        raise SegmentDamaged(
-            f"{segment.path}: elements {f.start}:{f.stop} of {f.name!r} ({f.kind}) do not match their checksum"
-        )
-
-
-def _write(fd: int, data: bytes, whole: xxhash.xxh3_64) -> None:
-    whole.update(data)
-    rest = memoryview(data)
-    while rest:
-        rest = rest[os.write(fd, rest) :]
+    def _end_block(self) -> None:
+        self._blocks.append(self._block.intdigest())
+        self._block = xxhash.xxh3_64()

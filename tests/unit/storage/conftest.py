@@ -11,6 +11,7 @@ from everstep.storage.index import TensorMeta
 from everstep.storage.manifest import CheckpointName, commit, new_folder
 from everstep.storage.rank_file import FileRecord, write_rank_file
 from everstep.storage.segment import SegmentMap, Writer, create_segment, read_seal, required_bytes
+from everstep.storage.stores.opening import folder_at
 
 METAS = (
     TensorMeta("embed.weight", "param", "float32", (50, 7)),
@@ -38,6 +39,7 @@ class State:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.root = folder / "checkpoints" / "job" / "run"
+        self.run = folder_at(self.root)
         self._segments = 0
 
     def pieces(self, rank: int, ranks: int) -> list[tuple[TensorMeta, int, int]]:
@@ -59,7 +61,7 @@ class State:
             writer = Writer(mapped)
             writer.begin()
             for meta, start, stop in pieces:
-                data = content(meta, step)[start * meta.itemsize : stop * meta.itemsize]
+                data = self.content(meta, step)[start * meta.itemsize : stop * meta.itemsize]
                 writer.put(meta, start, stop, data)
             writer.seal(epoch=1, number=2, step=step)
         return path
@@ -71,20 +73,20 @@ class State:
             with SegmentMap(path, writable=False) as mapped:
                 seal = read_seal(mapped)
                 assert seal is not None
-                records.append(write_rank_file(mapped, seal, folder, f"rank-{rank}.safetensors"))
+                records.append(write_rank_file(mapped, seal, folder_at(folder), f"rank-{rank}.safetensors"))
             path.unlink()
         return records
 
     def half_written(
         self, step: int, epoch: int = 1, ranks: int = 3
     ) -> tuple[Path, CheckpointName, list[FileRecord]]:
-        folder, name = new_folder(self.root, step, epoch)
-        return folder, name, self.write(folder, step, ranks)
+        folder, name = new_folder(self.run, step, epoch)
+        return Path(folder.url), name, self.write(Path(folder.url), step, ranks)
 
     def checkpoint(self, step: int, epoch: int = 1, ranks: int = 3) -> Path:
         folder, name, records = self.half_written(step, epoch, ranks)
         commit(
-            folder, records, job="job", run="run", name=name,
+            folder_at(folder), records, job="job", run="run", name=name,
             spec={"name": "job", "steps": 9}, progress={"losses": [1.5]},
             versions={"everstep": "0"}, created=1.0,
         )  # fmt: skip

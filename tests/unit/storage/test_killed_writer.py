@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from everstep.storage.checkpoint import Checkpoint, find_newest
+from everstep.storage.manifest import MANIFEST
 from everstep.storage.retention import collect
 
 # In a process of its own, which is killed: writes one checkpoint after the other, from segments in memory.
@@ -51,15 +52,19 @@ def test_a_writer_killed_at_any_instant_leaves_the_newest_checkpoint_whole(state
             whole_lines = writer.stdout.read().split("\n")[:-1]
         assert writer.returncode == -signal.SIGKILL, f"seed {seed}: it ended by itself"
         acknowledged = max([acknowledged, *map(int, whole_lines)])
-        newest = find_newest(state.root)
+        newest = find_newest(state.run)
         assert newest.manifest is not None, f"seed {seed}"
         assert newest.manifest.step >= acknowledged, f"seed {seed}"
         assert all("no manifest.json" in reason for _, reason in newest.rejected), f"seed {seed}"
-        data = Checkpoint.open(newest.folder).read_bytes("embed.weight")[1]
+        data = Checkpoint(newest.folder, newest.manifest).read_bytes("embed.weight")[1]
         assert data == state.content(state.metas[0], newest.manifest.step)
-    newest_before = newest.folder
-    collect(state.root, keep=1, epoch=1)
-    assert list(state.root.iterdir()) == [newest_before]
+    collect(state.run, keep=1, epoch=1)
+    # What no listing shows is gone too: unfinished uploads in the folder that is kept, trash beside it.
+    assert [str(path) for path in state.root.iterdir()] == [newest.folder.url]
+    assert {path.name for path in state.root.glob("*/*")} == {
+        MANIFEST,
+        *(entry.name for entry in newest.manifest.files),
+    }
 
 
 # Forks a writer for every other line of the code that writes rank files and manifests, and kills it there.
@@ -67,18 +72,19 @@ KILLED_AT_EVERY_LINE = """
 import os, pathlib, signal, sys
 sys.path.insert(0, sys.argv[2])
 from conftest import State
-from everstep.storage import manifest, rank_file
+from everstep.storage import manifest, part_writers, rank_file
+from everstep.storage.stores import local
 from everstep.storage.checkpoint import find_newest
 from everstep.storage.segment import SegmentMap, read_seal
 
 state = State(pathlib.Path(sys.argv[1]))
 segment = SegmentMap(state.segment(step=3, rank=0, ranks=1), writable=False)
 seal = read_seal(segment)
-FILES = {manifest.__file__, rank_file.__file__}
+FILES = {manifest.__file__, rank_file.__file__, part_writers.__file__, local.__file__}
 lines = 0
 
 def write():
-    folder, name = manifest.new_folder(state.root, 3, 1)
+    folder, name = manifest.new_folder(state.run, 3, 1)
     record = rank_file.write_rank_file(segment, seal, folder, "rank-0.safetensors")
     manifest.commit(folder, [record], job="job", run="run", name=name, spec={})
 
@@ -94,7 +100,7 @@ def trace(kill_at):
 sys.settrace(trace(0))
 write()
 sys.settrace(None)
-total, killed, newest = lines, 0, find_newest(state.root)
+total, killed, newest = lines, 0, find_newest(state.run)
 assert newest.manifest is not None
 for kill_at in range(1, total + 1, max(1, total // 250)):
     child = os.fork()
@@ -104,12 +110,12 @@ for kill_at in range(1, total + 1, max(1, total // 250)):
         write()
         os._exit(0)
     killed += os.WIFSIGNALED(os.waitpid(child, 0)[1])
-    found = find_newest(state.root)
+    found = find_newest(state.run)
     assert found.manifest.name >= newest.manifest.name, (kill_at, found)
     assert all("no manifest.json" in reason for _, reason in found.rejected), (kill_at, found.rejected)
     newest = found
     for path in state.root.iterdir():
-        if path != newest.folder:
+        if str(path) != newest.folder.url:
             __import__("shutil").rmtree(path)
 assert killed >= 200, (killed, total)
 print("killed", killed, "of", total)
