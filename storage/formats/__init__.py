@@ -1,0 +1,1 @@
+"""Other people's checkpoints: readers that turn them into a StateIndex over their files, and writers."""
