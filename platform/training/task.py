@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 import torch
 from torch.utils.data import default_collate
 
-from everstep.storage.datasets.shuffle import Shuffle
+from everstep.storage.datasets.order import Order, order_of
 
 if TYPE_CHECKING:
     from everstep.platform.job.spec import JobSpec
@@ -31,6 +31,15 @@ class TaskError(ValueError):
       TaskArgumentError    a field of `args:` or of `train.optimizer:` that the task cannot take
       TaskImportError      the task cannot be found or imported (everstep.platform.training.task_loader)
     """
+
+
+class TaskRaised(Exception):
+    """The task's own code raised; `__cause__` is what it raised. `lane` is -1 outside of a lane."""
+
+    def __init__(self, what: str, step: int, lane: int) -> None:
+        super().__init__(what)
+        self.step = step
+        self.lane = lane
 
 
 class TaskArgumentError(TaskError):
@@ -193,8 +202,13 @@ class Task(ABC):
         return self.dataset()
 
     @cached_property
-    def _shuffle(self) -> Shuffle:
-        return Shuffle(len(self.data), self.seed)
+    def eval_data(self) -> Dataset | None:
+        """The result of `eval_dataset()`, made once."""
+        return self.eval_dataset()
+
+    @cached_property
+    def _order(self) -> Order:
+        return order_of(self.data, self.seed)
 
     @abstractmethod
     def model(self) -> torch.nn.Module:
@@ -219,7 +233,7 @@ class Task(ABC):
         one may end in the next.
         """
         first = (step * self.lanes + lane) * self.lane_batch
-        return [self._shuffle.at(first + i) for i in range(self.lane_batch)]
+        return [self._order.at(first + i) for i in range(self.lane_batch)]
 
     def optimizer(self, params: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer | list[torch.optim.Optimizer]:
         """One optimizer, or several, over the model's parameters, which come in registration order.
@@ -238,11 +252,13 @@ class Task(ABC):
         return 0.1 + 0.45 * (1.0 + math.cos(math.pi * progress))
 
     def eval_dataset(self) -> Dataset | None:
-        """Data to evaluate on, or None for no evaluation."""
+        """Data to evaluate on every `eval.every` steps, or None for no evaluation; at least one batch."""
         return None
 
     def evaluate(self, model: torch.nn.Module, batch: Any, ctx: LaneContext) -> Loss:
-        """The loss of one evaluation batch, called without gradients; by default that of training."""
+        """The loss of one evaluation batch, by default that of training; called without gradients, with the model in
+        evaluation mode. Its average is the metric `eval.loss`, those of its `metrics` are `eval.NAME`.
+        """
         return Loss.of(self.loss(model, batch, ctx), self.lane_batch)
 
     def loop(self) -> None:

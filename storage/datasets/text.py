@@ -1,7 +1,8 @@
-"""Any text as a corpus of bytes: the interpreter's own library, a folder, a glob or one file.
+"""Any text as a corpus of bytes: the interpreter's own library, a folder, a glob, one file, or a URL.
 
 Purpose: training data that every machine has, without a download and without a tokenizer. Owns one buffer
-with the whole corpus, which never changes. Thread-safety: safe after construction.
+with the whole corpus, which never changes; for text that does not fit into memory there is
+`Tokens(..., dtype="uint8")`. Thread-safety: safe after construction.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
+from everstep.storage.datasets.errors import DatasetError
+from everstep.storage.datasets.source import is_remote, open_files
 
 # What a folder contributes. A single file or a glob is taken at its word, whatever its suffix.
 TEXT_SUFFIXES = frozenset({
@@ -28,7 +32,7 @@ _SKIPPED_FOLDERS = frozenset(
 )
 
 
-class CorpusError(ValueError):
+class CorpusError(DatasetError):
     """A corpus that cannot be used; names the field `args.data`, its value and what to do."""
 
 
@@ -41,8 +45,8 @@ class TextBytes:
 
     `root_spec`: None for the running interpreter's standard library (*.py), else a folder (its text files;
     hidden folders and those named test, site-packages and the like are left out), a glob (`**` crosses
-    folders) or a file; relative to the current directory. `length`: bytes a window. `max_bytes`: where the
-    corpus ends at the latest.
+    folders) or a file; relative to the current directory; or a URL of any of the three. `length`: bytes a
+    window. `max_bytes`: where the corpus ends at the latest.
     Raises CorpusError when there is nothing to read, or less than one window.
     """
 
@@ -52,7 +56,10 @@ class TextBytes:
         if max_bytes is not None and max_bytes <= length:
             raise CorpusError(f"args.max_bytes: {max_bytes} does not hold one window of {length} + 1 bytes")
         self.length = length
-        corpus = _read(corpus_files(root_spec), root_spec, max_bytes)
+        if root_spec is not None and is_remote(root_spec):
+            corpus = _read_remote(root_spec, max_bytes)
+        else:
+            corpus = _read(corpus_files(root_spec), root_spec, max_bytes)
         if len(corpus) <= length:
             raise CorpusError(
                 f"args.data: {_shown(root_spec)} holds {len(corpus)} bytes of text, less than one window of"
@@ -123,6 +130,22 @@ def _read(files: Iterable[Path], root_spec: str | None, max_bytes: int | None) -
         corpus += text
         if max_bytes is not None and len(corpus) >= max_bytes:
             return corpus[:max_bytes]
+    return corpus
+
+
+def _read_remote(url: str, max_bytes: int | None) -> bytearray:
+    """The same corpus from a URL; of a file no more than is used is read."""
+    corpus = bytearray()
+    try:
+        for file in open_files(url, tuple(sorted(TEXT_SUFFIXES))):
+            if corpus and file.bytes:
+                corpus += b"\n"
+            room = file.bytes if max_bytes is None else max(0, min(file.bytes, max_bytes - len(corpus)))
+            corpus += file.read(0, room)
+            if max_bytes is not None and len(corpus) >= max_bytes:
+                return corpus[:max_bytes]
+    except DatasetError as error:
+        raise CorpusError(f"args.data: {error}") from error
     return corpus
 
 
