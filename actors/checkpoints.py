@@ -1,19 +1,19 @@
-"""A run's checkpoints: folders begun, rank files reported, manifests written, old ones collected.
+"""A run's checkpoints: folders named, rank files reported, manifests written, old ones collected.
 
-Files are written by the managers; this desk commits a manifest once all of a view's ranks have reported.
-Manifests and collection touch the disk, so they run in one worker thread; `on_done(folder, step, error)` is
-called from it.
+Files are written by the managers; this desk commits a manifest once all of a view's ranks have reported. Everything
+that touches storage runs in one worker thread, so that a store that hangs holds up nobody; `on_done(folder, step,
+error)` is called from it.
 """
 
 from __future__ import annotations
 
 import platform
 import threading
+from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -22,10 +22,13 @@ from everstep.actors.config import Saved
 from everstep.actors.journal import Journal
 from everstep.platform.cluster.desk import Resume
 from everstep.platform.job.spec import JobSpec
-from everstep.storage.errors import StorageError
-from everstep.storage.manifest import CheckpointName, commit, names, new_folder, run_folder
+from everstep.storage.errors import CheckpointError, StorageError, StoreExists
+from everstep.storage.manifest import CheckpointName, commit, names, read_manifest, run_folder
 from everstep.storage.rank_file import FileRecord
 from everstep.storage.retention import collect
+from everstep.storage.stores.port import Folder
+
+_CLAIMS = "epochs"
 
 
 @dataclass
@@ -36,51 +39,49 @@ class _Open:
     files: int
     progress: dict[str, Any]
     records: list[FileRecord] = field(default_factory=list)
+    scored: bool = True  # else its evaluation has not been heard of
     failed: str = ""
     reported: set[str] = field(default_factory=set)  # domains
 
 
-def claim_epoch(root: Path) -> int:
-    """A number that no execution of this run ever had, taken by creating its file. Raises OSError."""
-    claims = root / "epochs"
-    claims.mkdir(parents=True, exist_ok=True)
-    claimed = [int(file.name) for file in claims.iterdir() if file.name.isdecimal()]
+def claim_epoch(root: Folder) -> int:
+    """A number that no execution of this run ever had, taken by creating its file. Raises StoreError."""
+    store, claims = root.store, root.child(_CLAIMS)
+    claimed = sorted(int(entry.name) for entry in store.entries(claims.path) if entry.name.isdecimal())
     epoch = max([*claimed, *(name.epoch for name in names(root))], default=0) + 1
     while True:
         try:
-            (claims / str(epoch)).touch(exist_ok=False)
-        except FileExistsError:  # another driver was faster
+            store.put_new(claims.child(str(epoch)).path, b"claimed\n")
+        except StoreExists:  # another driver was faster
             epoch += 1
             continue
-        for old in sorted(claimed)[:-1]:
-            (claims / str(old)).unlink(missing_ok=True)
+        for old in claimed[:-1]:
+            store.remove_file(claims.child(str(old)).path)
         return epoch
 
 
 class _InProgress(Collection[str]):
-    """Names of the folders that have no manifest yet and must not be collected.
-
-    The loop makes folders while the worker collects: who asks about a folder waits until it is registered.
-    """
+    """Names of the folders that have no manifest yet and must not be collected; asked while the loop adds to them."""
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
+        self._lock = threading.Lock()
         self._names: set[str] = set()
 
-    def add(self, folder: str) -> None:
-        """Its caller has held `lock` since before the folder was made."""
-        self._names.add(Path(folder).name)
+    def add(self, name: str) -> None:
+        """Before anything is written there."""
+        with self._lock:
+            self._names.add(name)
 
-    def discard(self, folder: str) -> None:
-        with self.lock:
-            self._names.discard(Path(folder).name)
+    def discard(self, name: str) -> None:
+        with self._lock:
+            self._names.discard(name)
 
     def __contains__(self, name: object) -> bool:
-        with self.lock:
+        with self._lock:
             return name in self._names
 
     def __iter__(self) -> Iterator[str]:
-        with self.lock:
+        with self._lock:
             return iter(sorted(self._names))
 
     def __len__(self) -> int:
@@ -90,50 +91,67 @@ class _InProgress(Collection[str]):
 class CheckpointDesk:
     """Checkpoints of one execution; methods are called by the supervisor's loop."""
 
-    def __init__(self, spec: JobSpec, spec_dir: Path, epoch: int, on_done: Callable[[str, int, str], None]) -> None:
+    def __init__(
+        self, spec: JobSpec, url: str, epoch: int, on_done: Callable[[str, int, str], None], commit_id: str = ""
+    ) -> None:
+        """`url`: the job's `checkpoint.to`, absolute. `commit_id`: of the task's repository, where there is one."""
         assert spec.checkpoint is not None
-        folder = spec.checkpoint_dir(spec_dir)
-        assert folder is not None
-        self.root = run_folder(str(folder), spec.name, spec.run_name)
+        self.root = run_folder(url, spec.name, spec.run_name)
         self._spec = spec
+        self._rules = spec.checkpoint
         self._epoch = epoch
         self._on_done = on_done
+        self._commit_id = commit_id
         self._open: dict[str, _Open] = {}
         self._in_progress = _InProgress()
-        self._attempts: dict[int, int] = {}  # by step: the next number; a collected folder's name is not used again
+        self._attempts: dict[int, int] = {}  # by step: the next number; no name is used twice in an epoch
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="manifest")
         self._pending: list[Future[None]] = []
+        self._unheard = 0  # manifests given to the worker whose news the loop has not booked
+        self._scores: dict[str, float | None] = {}  # of the metric that the best is kept by; the worker's
         self.trusted: set[str] = set()
         self.newest: Resume | None = None
-        self.urls: list[str] = []  # finished by this execution, oldest first
+        self.urls: list[str] = []  # finished by this execution, in the order of their steps
+        self._steps: list[int] = []  # of them
 
     def begin(self, view: tuple[int, int], step: int, files: int, progress: dict[str, Any]) -> str:
-        """A new folder for `step`, to be filled by the `files` ranks of `view` (epoch, number); "" (and on_done) when
-        storage refuses."""
-        try:
-            with self._in_progress.lock:
-                folder, name = new_folder(self.root, step, self._epoch, self._attempts.get(step, 0))
-                self._attempts[step] = name.attempt + 1
-                self._in_progress.add(str(folder))
-        except StorageError as error:
-            self._on_done("", step, str(error))
-            return ""
-        self._open[str(folder)] = _Open(view, step, name, files, progress)
-        return str(folder)
+        """The folder for `step`, to be filled by the `files` ranks of `view` (epoch, number). Touches no storage: the
+        epoch is this execution's alone, so a name that it has not given out is new."""
+        name = CheckpointName(step, self._epoch, self._attempts.get(step, 0))
+        self._attempts[step] = name.attempt + 1
+        self._in_progress.add(str(name))
+        url = self.root.child(str(name)).url
+        every = self._spec.eval.every
+        self._open[url] = _Open(view, step, name, files, progress, scored=not every or step % every > 0)
+        return url
 
-    def saved(self, saved: Saved, domain: str) -> None:
-        """The manager of `domain` has written a rank's file, or could not."""
+    def saved(self, saved: Saved, domain: str) -> bool:
+        """The manager of `domain` has written a rank's file, or could not; True when it was the last of them."""
         entry = self._open.get(saved.folder)
         if entry is None:
-            return
+            return False
         entry.reported.add(domain)
         if saved.error:
             entry.failed = saved.error
         else:
             entry.records.append(msgspec.msgpack.decode(saved.record, type=FileRecord))
-        if len(entry.reported) == entry.files:
-            del self._open[saved.folder]
-            self._pending.append(self._worker.submit(self._finish, saved.folder, entry))
+        self._finish_if_whole(saved.folder, entry)
+        return len(entry.reported) == entry.files
+
+    def scored(self, step: int, metrics: Mapping[str, float]) -> None:
+        """The evaluation of `step`: the manifest of its checkpoint says so."""
+        for url, entry in list(self._open.items()):
+            if entry.step == step:
+                entry.progress["metrics"] |= metrics
+                entry.scored = True
+                self._finish_if_whole(url, entry)
+
+    def _finish_if_whole(self, url: str, entry: _Open) -> None:
+        if entry.scored and len(entry.reported) == entry.files:
+            del self._open[url]
+            self._pending = [future for future in self._pending if not future.done()]
+            self._unheard += 1
+            self._pending.append(self._worker.submit(self._finish, url, entry))
 
     def abandon(self, base_step: int, sealed: Mapping[tuple[tuple[int, int], int], Collection[str]]) -> set[int]:
         """A view has ended: what its ranks had not all sealed will never be complete. The steps of it.
@@ -145,49 +163,84 @@ class CheckpointDesk:
             there = entry.reported | set(sealed.get((entry.view, entry.step), ()))
             if entry.step > base_step or len(there) < entry.files:
                 del self._open[folder]
-                self._in_progress.discard(folder)
-                self._on_done(folder, entry.step, "its view ended before every rank had sealed it")
+                self._in_progress.discard(str(entry.name))
                 steps.add(entry.step)
         return steps
 
-    def note(self, journal: Journal, folder: str, step: int, error: str) -> None:
-        """Books what `on_done` told; called by the loop."""
+    def note(self, journal: Journal, folder: str, step: int, error: str, what: str) -> None:
+        """Books what `on_done` told; called by the loop. `what`: what follows from a failure."""
+        self._unheard -= bool(folder)
         if error:
-            text = f"the checkpoint of step {step} failed: {error}"
+            text = f"the checkpoint of step {step} failed: {error}; {what}" if folder else error
             journal.add("finding", text, {"syndrome": "checkpoint", "step": step, "error": error})
         else:
-            self.urls.append(folder)
+            self._steps.insert(at := bisect_right(self._steps, step), step)  # a later one may be whole earlier
+            self.urls.insert(at, folder)
             journal.add("checkpoint", f"checkpoint of step {step}: {folder}", {"step": step, "checkpoint": folder})
 
     @property
     def busy(self) -> bool:
-        return bool(self._open) or not all(future.done() for future in self._pending)
+        return bool(self._open) or self._unheard > 0 or not all(future.done() for future in self._pending)
 
     def close(self) -> None:
         self._worker.shutdown(wait=True)
 
-    def _finish(self, folder: str, entry: _Open) -> None:
+    # ---- the worker -------------------------------------------------------------------------------------
+
+    def _finish(self, url: str, entry: _Open) -> None:
+        folder = self.root.child(str(entry.name))
         try:
             if entry.failed:
                 raise StorageError(entry.failed)
             spec = self._spec
             versions = {name: version(name) for name in ("everstep", "torch")} | {"python": platform.python_version()}
+            if self._commit_id:
+                versions["commit"] = self._commit_id
             manifest = commit(
                 folder, entry.records, job=spec.name, run=spec.run_name, name=entry.name, spec=spec.to_dict(),
                 progress=entry.progress, versions=versions,
             )  # fmt: skip
         except Exception as error:  # in the worker nobody else would hear of it
-            self._on_done(folder, entry.step, str(error) or type(error).__name__)
+            self._in_progress.discard(str(entry.name))
+            self._on_done(url, entry.step, str(error) or type(error).__name__)
             return
-        finally:
-            self._in_progress.discard(folder)
+        self._in_progress.discard(str(entry.name))
         self.trusted.add(str(entry.name))
         row = int(entry.progress["nonfinite_in_a_row"])
         if self.newest is None or self.newest.step < entry.step:
-            self.newest = Resume(folder, manifest.index, row)
-        self._on_done(folder, entry.step, "")
-        assert spec.checkpoint is not None
-        collect(
-            self.root, spec.checkpoint.keep, self._epoch,
+            self.newest = Resume(url, manifest.index, row)
+        self._on_done(url, entry.step, "")
+        try:
+            self._collect()
+        except StorageError as error:  # the checkpoint stands; what is old is collected with the next one
+            self._on_done("", entry.step, f"older ones could not be collected: {error}")
+
+    def _collect(self) -> None:
+        done = collect(
+            self.root, self._rules.keep, self._epoch, keep_every=self._rules.keep_every, keep_best=self._best(),
             in_progress=self._in_progress, trusted=self.trusted,
         )  # fmt: skip
+        self.trusted |= set(done.verified)
+
+    def _best(self) -> tuple[str, ...]:
+        """The name of the checkpoint with the best metric, where one is to be kept; of equals the newest."""
+        best = self._rules.best
+        if best is None:
+            return ()
+        there = [str(name) for name in names(self.root) if str(name) not in self._in_progress]
+        for name in there:
+            if name not in self._scores:
+                self._scores[name] = self._score(name, best.metric)
+        scored = [(score, name) for name in there if (score := self._scores[name]) is not None]
+        if not scored:
+            return ()
+        wanted = min(scored)[0] if best.mode == "min" else max(scored)[0]
+        return ([name for score, name in scored if score == wanted][-1],)
+
+    def _score(self, name: str, metric: str) -> float | None:
+        try:
+            metrics = read_manifest(self.root.child(name)).progress.get("metrics", {})
+        except CheckpointError:
+            return None
+        value = metrics.get(metric)
+        return float(value) if isinstance(value, int | float) else None

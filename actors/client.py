@@ -34,6 +34,9 @@ class SupervisorClient:
     def scale(self, ranks: int) -> str:
         return msgspec.json.decode(self._call({"do": "scale", "ranks": ranks}), type=str)
 
+    def save(self) -> str:
+        return msgspec.json.decode(self._call({"do": "save"}), type=str)
+
     def stop(self, reason: str) -> None:
         self._call({"do": "stop", "reason": reason})
 

@@ -14,6 +14,7 @@ from typing import Any
 from everstep.actors.checkpoints import claim_epoch
 from everstep.actors.host import OnExit
 from everstep.actors.process_host import ProcessHost
+from everstep.actors.provenance import commit_of
 from everstep.actors.run_config import RunConfig
 from everstep.actors.run_folder import RunFolder
 from everstep.actors.supervisor import Supervisor
@@ -24,9 +25,11 @@ from everstep.platform.job.errors import Problem, SpecError
 from everstep.platform.job.facts import TaskFacts
 from everstep.platform.job.registry import Registration, Registry
 from everstep.platform.job.result import RunResult
+from everstep.platform.job.rules import absolute
 from everstep.platform.job.spec import JobSpec
 from everstep.platform.job.status import Event, Status
 from everstep.storage.checkpoint import find_newest
+from everstep.storage.errors import StoreError
 from everstep.storage.manifest import Manifest, run_folder
 
 log = logging.getLogger(__name__)
@@ -53,24 +56,40 @@ _FREE_FIELDS = frozenset(
 
 def resume_point(spec: JobSpec, spec_dir: Path) -> tuple[Resume, int]:
     """Where the run goes on, and its epoch. Raises SpecError naming what was changed and may not be."""
-    folder = spec.checkpoint_dir(spec_dir)
-    if spec.checkpoint is None or folder is None:
+    url = spec.checkpoint_url(spec_dir)
+    if spec.checkpoint is None or url is None:
         return Resume(), 1
-    root = run_folder(str(folder), spec.name, spec.run_name)
-    epoch = claim_epoch(root)
-    if spec.checkpoint.resume == "never":
-        return Resume(), epoch
-    newest = find_newest(root)
+    root = run_folder(url, spec.name, spec.run_name)
+    try:
+        epoch = claim_epoch(root)
+        if spec.checkpoint.resume == "never":
+            return Resume(), epoch
+        newest = find_newest(root)
+    except StoreError as error:
+        raise SpecError(
+            [
+                Problem(
+                    field="checkpoint.to",
+                    value=spec.checkpoint.to,
+                    allowed="a folder or bucket that can be read and written",
+                    fix="correct its rights, or try again when it answers",
+                    why=str(error),
+                )
+            ]
+        ) from error
     passed_over = tuple(f"{rejected.folder.name}: {rejected.reason}" for rejected in newest.rejected)
     if newest.manifest is None:
         return Resume(passed_over=passed_over), epoch
     _check_unchanged(spec, newest.manifest)
     progress = newest.manifest.progress
     row, fingerprint = int(progress.get("nonfinite_in_a_row", 0)), dict(progress.get("fingerprint", {}))
-    return Resume(str(newest.folder), newest.manifest.index, row, fingerprint, passed_over), epoch
+    assert newest.folder is not None
+    return Resume(newest.folder.url, newest.manifest.index, row, fingerprint, passed_over), epoch
 
 
 def _check_unchanged(spec: JobSpec, manifest: Manifest) -> None:
+    if not manifest.spec:  # imported: what it was trained with is not known here
+        return
     before, after = dict(manifest.spec), spec.to_dict()
     for plain in (before, after):  # of all resources only these decide about the bits
         plain["resources.threads"] = plain.get("resources", {}).get("threads")
@@ -90,11 +109,14 @@ def _check_unchanged(spec: JobSpec, manifest: Manifest) -> None:
 
 
 def _anchored(spec: JobSpec, spec_dir: Path) -> JobSpec:
-    """The job with an absolute checkpoint folder: a relative one is relative to the job file, wherever actors run."""
-    folder = spec.checkpoint_dir(spec_dir)
-    if spec.checkpoint is None or folder is None:
+    """The job with absolute checkpoint folders: relative ones are relative to the job file, wherever actors run."""
+    url = spec.checkpoint_url(spec_dir)
+    if spec.checkpoint is None or url is None:
         return spec
-    return spec.model_copy(update={"checkpoint": spec.checkpoint.model_copy(update={"to": str(folder)})})
+    changed: dict[str, Any] = {"to": url}
+    if (initial := spec.checkpoint.init_from) is not None:
+        changed["init_from"] = initial.model_copy(update={"url": absolute(initial.url, spec_dir)})
+    return spec.model_copy(update={"checkpoint": spec.checkpoint.model_copy(update=changed)})
 
 
 def launch(
@@ -154,7 +176,7 @@ class _LocalRun:
             logging.getLogger("everstep").propagate = False  # reasons are for the log file, not for the terminal
             config = RunConfig(
                 spec, spec_dir, self._folder.runid, self._folder.path, registration.token, epoch, resume,
-                registration.metrics if "jsonl" in spec.log else None, "processes",
+                registration.metrics if "jsonl" in spec.log else None, "processes", commit_id=commit_of(spec_dir),
             )  # fmt: skip
 
             def make_host(on_exit: OnExit) -> ProcessHost:
@@ -175,6 +197,9 @@ class _LocalRun:
 
     def scale(self, ranks: int) -> str:
         return self._supervisor.scale(ranks)
+
+    def save(self) -> str:
+        return self._supervisor.save()
 
     def stop(self, reason: str) -> None:
         self._supervisor.stop(reason)

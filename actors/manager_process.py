@@ -39,6 +39,7 @@ from everstep.collectives.liveness import Judge
 from everstep.storage.errors import StorageError
 from everstep.storage.rank_file import write_rank_file
 from everstep.storage.segment import SegmentMap, read_seal
+from everstep.storage.stores.opening import folder_at
 
 log = logging.getLogger(__name__)
 
@@ -254,7 +255,7 @@ class Manager:
                 seal = read_seal(segment)
                 if seal is None or seal.step != order.step:
                     raise StorageError(f"{order.path} does not hold step {order.step}")
-                record = write_rank_file(segment, seal, order.folder, order.file)
+                record = write_rank_file(segment, seal, folder_at(order.folder), order.file)
             saved = Saved(order.folder, order.step, order.file, msgspec.msgpack.encode(record))
         except StorageError as error:
             saved = Saved(order.folder, order.step, order.file, error=str(error))

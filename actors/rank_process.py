@@ -18,7 +18,8 @@ from everstep.actors.rank_conductor import RankConductor
 from everstep.actors.run_folder import RunFolder
 from everstep.platform.job.spec import JobSpec
 from everstep.platform.training.conductor import RunOver
-from everstep.platform.training.engine import TaskRaised, build, has_own_loop, load, probe, run_own_loop, train
+from everstep.platform.training.engine import build, has_own_loop, load, probe, run_own_loop, train
+from everstep.platform.training.task import TaskRaised
 from everstep.storage.errors import StorageError
 
 log = logging.getLogger(__name__)

@@ -15,6 +15,7 @@ import msgspec
 import ray
 
 from everstep.actors.client import SupervisorClient
+from everstep.actors.provenance import commit_of
 from everstep.actors.ray_cluster import ConnectedRay, EmbeddedRay, connect
 from everstep.actors.ray_supervisor import RunExists, SupervisorFailed, SupervisorRef, collect, start_supervisor
 from everstep.actors.run_folder import RunFolder
@@ -114,6 +115,7 @@ class _RayRun:
                 bind=bind,
                 embedded=address is None,
                 runtime_env=runtime_env,
+                commit_id=commit_of(spec_dir),
             )
             self._reference = start_supervisor(
                 self._actors, msgspec.msgpack.encode(config), log_dir=registration.logs,
@@ -138,6 +140,9 @@ class _RayRun:
 
     def scale(self, ranks: int) -> str:
         return self._client.scale(ranks) if self._client is not None else "the run has ended"
+
+    def save(self) -> str:
+        return self._client.save() if self._client is not None else "the run has ended"
 
     def stop(self, reason: str) -> None:
         if self._client is not None:

@@ -23,4 +23,5 @@ class RunConfig:
     metrics: Path | None
     host_name: str
     bind: str = "127.0.0.1"
+    commit_id: str = ""  # of the task's repository
     embedded: bool = True  # everything ends with the driver; else managers keep the run's memory alive

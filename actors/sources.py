@@ -28,7 +28,9 @@ _ASKED_BYTES = 256 << 20  # of a rebuild, at a time: what is asked for is listed
 
 
 class Sources:
-    """`own`: this rank's domain, whose segments are under `folder`. `damaged` collects (domain, locator)."""
+    """Copies of regions come from files only: no rank's memory is cut otherwise than into flat ranges.
+
+    `own`: this rank's domain, whose segments are under `folder`. `damaged` collects (domain, locator)."""
 
     def __init__(self, own: str, folder: Path, token: str) -> None:
         self._own = own
@@ -51,7 +53,7 @@ class Sources:
         groups: dict[tuple[str, str, str], Copies] = {}
         for item in copies:
             source = item[0].source
-            together = source.kind == "segment" and source.holder != self._own
+            together = source.kind == "file" or (source.kind == "segment" and source.holder != self._own)
             key = (source.kind, source.holder, "" if together else source.locator)
             groups.setdefault(key, []).append(item)
         found = {(r.domain, r.locator): r for r in rebuilds}
@@ -62,8 +64,7 @@ class Sources:
             kind, domain, locator = key
             if kind == "file":
                 assert files is not None, "a file source without a checkpoint"
-                for copy, buffer in group:
-                    files.read_into(copy, buffer)
+                files.read_copies(group)
             elif kind == "parity":
                 self._rebuild(found[domain, locator], addresses, group)
             elif domain == self._own:

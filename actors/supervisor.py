@@ -32,6 +32,7 @@ from everstep.actors.watchers import Watcher, Watchers
 from everstep.collectives import membership as mb
 from everstep.collectives import messages as m
 from everstep.collectives.control import ControlServer, Peer
+from everstep.platform.cluster import saving as sv
 from everstep.platform.cluster import staffing as st
 from everstep.platform.cluster.admission import Admission
 from everstep.platform.cluster.desk import Desk
@@ -57,8 +58,9 @@ class Supervisor:
         self._queue: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
         self._checkpoints: CheckpointDesk | None = None
         if spec.checkpoint is not None:
-            done = self._enqueue("checkpoint")
-            self._checkpoints = CheckpointDesk(spec, config.spec_dir, config.epoch, done)
+            url, done = spec.checkpoint_url(config.spec_dir), self._enqueue("checkpoint")
+            assert url is not None
+            self._checkpoints = CheckpointDesk(spec, url, config.epoch, done, config.commit_id)
         self._desk = Desk(spec, config.resume, self._new_folder)
         self._ledger = Ledger(config.resume.step, now)
         self._journal = Journal(config.metrics)
@@ -123,6 +125,15 @@ class Supervisor:
         if self._ended_at is not None:
             return "the run has ended"
         self._queue.put(("scale", ranks))
+        return ""
+
+    def save(self) -> str:
+        """Asks for a checkpoint of the next step; "" or why there cannot be one."""
+        if self._checkpoints is None:
+            return "this job writes no checkpoints: set checkpoint.to"
+        if self._ended_at is not None:
+            return "the run has ended"
+        self._queue.put(("save",))
         return ""
 
     def stop(self, reason: str) -> None:
@@ -200,9 +211,11 @@ class Supervisor:
                 self._scale(ranks)
             case ("stop", reason):
                 self._stop(reason)
+            case ("save",):
+                self._desk.note_saving(sv.Asked(), time.monotonic())
+                self._note("save", "a checkpoint was asked for")
             case ("checkpoint", folder, step, error):
-                assert self._checkpoints is not None
-                self._checkpoints.note(self._journal, folder, step, error)
+                self._on_checkpoint(folder, step, error)
 
     def _tick(self) -> None:
         now = time.monotonic()
@@ -254,8 +267,7 @@ class Supervisor:
                 name = self._staff.manager_of(watcher.slot)
                 self._staff.handle(st.ManagerUp(watcher.slot, name, control, watcher.fetch))
             case m.WatcherNote("saved", payload):
-                if self._checkpoints is not None:
-                    self._checkpoints.saved(msgspec.msgpack.decode(payload, type=Saved), watcher.domain)
+                self._on_saved(msgspec.msgpack.decode(payload, type=Saved), watcher.domain)
 
     def _on_member(self, name: str, watcher: Watcher, message: m.MemberMessage) -> None:
         match message:
@@ -368,9 +380,27 @@ class Supervisor:
         assert isinstance(phase, mb.Gathering | mb.Active)
         id = phase.id if isinstance(phase, mb.Gathering) else phase.view.id
         files = len(mb.current_members(self._membership))
-        row = self._desk.progress.nonfinite_in_a_row
-        progress = {"nonfinite_in_a_row": row, "fingerprint": self._admission.fingerprint}
+        progress = {
+            "nonfinite_in_a_row": self._desk.progress.nonfinite_in_a_row,
+            "fingerprint": self._admission.fingerprint,
+            "metrics": self._desk.metrics(step),
+        }
         return self._checkpoints.begin((id.epoch, id.number), step, files, progress)
+
+    def _on_saved(self, saved: Saved, domain: str) -> None:
+        if self._checkpoints is not None and self._checkpoints.saved(saved, domain):
+            self._desk.note_saving(sv.Written(saved.step), time.monotonic())
+
+    def _on_checkpoint(self, folder: str, step: int, error: str) -> None:
+        """`folder` is "" where the checkpoint itself is whole and only the old ones could not be collected."""
+        assert self._checkpoints is not None
+        now, what = time.monotonic(), ""
+        if not error:
+            self._desk.note_saving(sv.Finished(step), now)
+        elif folder:
+            retry = self._desk.note_saving(sv.Failed(step), now)
+            what = f"{sv.at_risk(self._desk.saving, self._ledger.step, now)}; {retry}"
+        self._checkpoints.note(self._journal, folder, step, error, what)
 
     # ---- the end ----------------------------------------------------------------------------------------
 

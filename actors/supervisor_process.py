@@ -44,6 +44,7 @@ class SupervisorConfig(msgspec.Struct, frozen=True):
     bind: str
     embedded: bool
     runtime_env: dict[str, Any]
+    commit_id: str = ""
 
 
 def main(config: bytes) -> str:
@@ -68,6 +69,7 @@ def main(config: bytes) -> str:
         Path(c.metrics) if c.metrics else None,
         "ray",
         c.bind,
+        c.commit_id,
         c.embedded,
     )
     wanted = RankResources(spec.resources.cpus) if c.embedded else _demands(spec)

@@ -7,7 +7,7 @@ supervisor's loop; `phase` may be read from any thread.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -18,6 +18,7 @@ from everstep.actors.scripted import Script
 from everstep.actors.watchers import Watchers
 from everstep.collectives import membership as mb
 from everstep.collectives import messages as m
+from everstep.platform.cluster import saving as sv
 from everstep.platform.cluster import staffing as st
 from everstep.platform.cluster.desk import Judgement
 from everstep.platform.job.result import Failure
@@ -102,7 +103,9 @@ class Transactions:
         self._tell_damage()
         again = False  # where the step that a checkpoint is due at is not done again, the new view writes it
         if self._checkpoints is not None:
-            again = choice.base_step in self._checkpoints.abandon(choice.base_step, self._desk.sealed)
+            abandoned = self._checkpoints.abandon(choice.base_step, self._desk.sealed)
+            again = choice.base_step in abandoned
+            self._tell_abandoned(abandoned)
         plan = self._desk.plan(choice, self._watchers.fetch_addresses(), self._failure_domains(members), again)
         payload = msgspec.msgpack.encode(plan)
         log.info("view %s: %s", id, choice.reason)
@@ -111,6 +114,12 @@ class Transactions:
             text = f"step {choice.base_step} of {', '.join(domains)} is rebuilt from parity"
             self._journal.add("rebuilt", text, {"step": choice.base_step, "domains": domains})
         self._out.member(mb.Chosen(id, choice.base_step, payload))
+
+    def _tell_abandoned(self, steps: Iterable[int]) -> None:
+        for step in sorted(steps):
+            self._desk.note_saving(sv.Abandoned(step), 0.0)
+            text = f"the checkpoint of step {step} is given up: its view ended before every rank had sealed it"
+            self._journal.add("checkpoint given up", text, {"step": step})
 
     def _failure_domains(self, members: Sequence[m.Member]) -> tuple[str, ...]:
         setting = self._desk.spec.snapshot.domain
@@ -154,12 +163,14 @@ class Transactions:
             self._journal.add("protected", f"parity {have} is carried again", {"parity": have})
 
     def _judge(self, view: m.View, step: int, votes: Mapping[str, bytes], now: float) -> None:
-        judgement = self._desk.judge(step, votes, self._ledger.since_last(now))
+        judgement = self._desk.judge(step, votes, self._ledger.since_last(now), now)
         verdict = judgement.verdict
         if verdict.outcome == "failed":
             kind = "nonfinite" if "finite" in verdict.error else "task"
             self._out.end(Failure(kind=kind, message=verdict.error, step=step))
             return
+        if judgement.evaluation:
+            self._evaluated(step - 1, judgement.evaluation)
         if verdict.outcome in ("commit", "skip"):
             self._committed(step, judgement, now)
         if verdict.protected_step >= view.base_step and self._released != view.id:
@@ -169,6 +180,13 @@ class Transactions:
         self._out.member(mb.Judged(view.id, step, payload, judgement.finished, verdict.protected_step))
         if judgement.finished:
             self._out.end(None)
+
+    def _evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
+        text = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        self._journal.add("evaluation", f"evaluation of step {step}: {text}", {"step": step, **metrics})
+        self._ledger.evaluated(metrics)
+        if self._checkpoints is not None:
+            self._checkpoints.scored(step, metrics)
 
     def _tell_released(self) -> None:
         if self._released is not None:
@@ -184,6 +202,8 @@ class Transactions:
             self._journal.recovered(recovery)
         if judgement.reason:
             self._journal.add("snapshots", judgement.reason, {"step": step, "interval": self._desk.interval})
+        if judgement.saving:
+            self._journal.add("checkpoint late", judgement.saving, {"step": step})
         if verdict.outcome == "skip":
             self._journal.add("skip", f"step {step} is skipped: loss or gradients are not finite", {"step": step})
         if verdict.last:

@@ -13,11 +13,12 @@ import msgspec
 
 from everstep.collectives.messages import Member
 from everstep.platform.cluster import interval as iv
+from everstep.platform.cluster import saving as sv
 from everstep.platform.job.spec import Fault, JobSpec
 from everstep.platform.training.messages import Inventory, LiveFault, Stock, Verdict, ViewPlan, Vote
 from everstep.platform.training.protection import parity_plan
 from everstep.platform.training.recovery import Choice, choose
-from everstep.platform.training.verdict import Progress, Rules, judge_step
+from everstep.platform.training.verdict import Progress, Rules, average, judge_step
 from everstep.storage.index import StateIndex
 from everstep.storage.state_hash import combine
 
@@ -43,11 +44,13 @@ class Judgement:
     votes: Mapping[str, Vote]
     finished: bool = False
     reason: str = ""  # of a new interval between snapshots
+    evaluation: Mapping[str, float] = field(default_factory=dict)  # of the step before, by metric
+    saving: str = ""  # why a checkpoint that is due does not begin, if that is news
 
 
 @dataclass
 class Desk:
-    """`new_folder(step)` makes the folder of a checkpoint that is due; "" where none is to be written."""
+    """`new_folder(step)` names the folder of a checkpoint that is to be written now."""
 
     spec: JobSpec
     resume: Resume
@@ -69,6 +72,9 @@ class Desk:
         self.shadow = self.spec.snapshot.redundancy == "shadow"
         self._pace = iv.Pace(self.spec.snapshot.share)
         self.interval = 0  # steps between snapshots; 0 where none are taken
+        every = self.spec.checkpoint.every if self.spec.checkpoint is not None else 0
+        self.saving = sv.Saving(every, good_step=self.resume.step if self.resume.folder else -1)
+        self._metrics: tuple[int, dict[str, float]] = (-1, {})  # of the newest step
         self._progress_at = {self.resume.step: self.progress}
         self._snapshot_step = self.resume.step  # of the newest one that was begun
         if self.resume.step >= self.spec.steps:
@@ -90,6 +96,15 @@ class Desk:
         self.progress = self._progress_at.get(choice.base_step, self.progress)
         return choice
 
+    def metrics(self, step: int) -> dict[str, float]:
+        """Loss, gradient norm and the task's metrics of the newest step, if that is `step`."""
+        return dict(self._metrics[1]) if self._metrics[0] == step else {}
+
+    def note_saving(self, event: sv.Event, now: float) -> str:
+        """What has become of a checkpoint, or that somebody asks for one; what follows, for people."""
+        self.saving, _, reason = sv.decide(self.saving, event, now)
+        return reason
+
     def plan(self, choice: Choice, fetch: dict[str, str], domains: Sequence[str], save: bool = False) -> ViewPlan:
         """`fetch`: domain -> where its manager serves segments; `domains`: what each rank dies with.
 
@@ -100,6 +115,8 @@ class Desk:
         folder = self.stored.folder if choice.from_checkpoint else ""
         self._snapshot_step = choice.base_step
         self._pace = iv.acts(self._pace)
+        if save:
+            self.note_saving(sv.Begun(choice.base_step), 0.0)
         return ViewPlan(
             choice.owned,
             choice.have,
@@ -114,15 +131,16 @@ class Desk:
             self.new_folder(choice.base_step) if save else "",
         )
 
-    def judge(self, step: int, votes: Mapping[str, bytes], step_s: float = 0.0) -> Judgement:
-        """The one verdict over all votes on `step`, which took `step_s`."""
+    def judge(self, step: int, votes: Mapping[str, bytes], step_s: float = 0.0, now: float = 0.0) -> Judgement:
+        """The one verdict over all votes on `step`, which took `step_s`; `now` is for pauses between checkpoints."""
         decoded = {name: msgspec.msgpack.decode(data, type=Vote) for name, data in votes.items()}
         kinds = {vote.kind for vote in decoded.values()}
         assert len(kinds) == 1, f"votes of different kinds on step {step}: {sorted(kinds)}"
         kind = kinds.pop()
+        evaluation = average(decoded, self.spec.lanes)
         protected = min(vote.sealed_step for vote in decoded.values())
         if kind == "seal":
-            return Judgement(Verdict("sealed", protected_step=protected), decoded)
+            return Judgement(Verdict("sealed", protected_step=protected), decoded, evaluation=evaluation)
         if kind == "hash":
             lines = [line for name in sorted(decoded) for line in decoded[name].hash_lines]
             self.state_sha256 = combine(lines, step - 2)
@@ -137,8 +155,8 @@ class Desk:
         last = step >= self.spec.steps or (bool(self.stop_reason) and ready)
         if last:
             self.last_step = step
-        every = self.spec.checkpoint.every if self.spec.checkpoint is not None else 0
-        due = every > 0 and (last or step % every == 0)
+        self._metrics = (step, {"loss": verdict.loss, "grad_norm": verdict.grad_norm, **verdict.metrics})
+        self.saving, due, saving = sv.decide(self.saving, sv.Committed(step, ready, last), now)
         # A shadow stands in for snapshots; a view of one rank has none.
         shadowed = self.shadow and len(decoded) > 1 and self.spec.snapshot.every == "auto"
         interval, gap, reason = self.spec.steps, self.spec.steps, ""
@@ -156,7 +174,7 @@ class Desk:
             interval=0 if self.stop_reason else interval,
             checkpoint=self.new_folder(step) if due else "",
         )
-        return Judgement(verdict, decoded, reason=reason)
+        return Judgement(verdict, decoded, reason=reason, evaluation=evaluation, saving=saving)
 
     def _paced(self, step_s: float, votes: Mapping[str, Vote], protected: bool) -> tuple[int, int, str]:
         """(interval, steps from the newest snapshot to the next, why if that is news)"""

@@ -7,7 +7,7 @@ goodput add up to the wall time: each moment is booked once, under what the run 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from everstep.collectives.messages import Lost
@@ -134,7 +134,7 @@ class Ledger:
         self._step_times = [*self._step_times[-_RECENT_STEPS:], spent]
         self.step = step
         self.losses[step] = verdict.loss
-        self.metrics = verdict.metrics or self.metrics
+        self.metrics |= verdict.metrics
         self.weight = verdict.weight
         if self._incident is not None:
             self._close_incident(self._incident, now)
@@ -160,6 +160,10 @@ class Ledger:
     @property
     def in_incident(self) -> bool:
         return self._incident is not None
+
+    def evaluated(self, metrics: Mapping[str, float]) -> None:
+        """The newest evaluation, shown with the newest step's metrics."""
+        self.metrics |= metrics
 
     def goodput(self, now: float) -> Goodput:
         self._book("waiting", now)

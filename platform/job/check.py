@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ from everstep.platform.job.errors import MISSING, Problem, SpecError
 from everstep.platform.job.facts import TaskFacts
 from everstep.platform.job.spec import JobSpec
 from everstep.platform.training.protection import parity_plan
+from everstep.storage.errors import StorageError
+from everstep.storage.stores.opening import folder_at
 
 # Importing torch takes 2 s, reading a corpus of some GB minutes; whatever takes longer is taken to hang.
 CHECK_TIMEOUT_S = 300.0
@@ -144,22 +146,23 @@ def check_nodes(spec: JobSpec, nodes: int) -> None:
 
 
 def checkpoint_folder(spec: JobSpec, spec_dir: Path) -> list[Problem]:
-    """Returns a problem when the checkpoint folder cannot be made and written. Makes it."""
-    folder = spec.checkpoint_dir(spec_dir)
-    if folder is None or spec.checkpoint is None:
+    """Returns a problem when nothing can be written to `checkpoint.to`. Writes a small file there and removes it."""
+    url = spec.checkpoint_url(spec_dir)
+    if url is None or spec.checkpoint is None:
         return []
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".everstep-"):
-            pass
-    except OSError as error:
+        folder = folder_at(url)
+        probe = folder.child(f"everstep-check-{secrets.token_hex(8)}")
+        folder.store.put_new(probe.path, b"may be removed\n")
+        folder.store.remove_file(probe.path)
+    except StorageError as error:
         return [
             Problem(
                 "checkpoint.to",
                 spec.checkpoint.to,
-                "a folder that can be made and written",
-                "correct its rights or choose another: `--set checkpoint.to=FOLDER`",
-                f"{folder}: {error.strerror}",
+                "a folder or bucket that can be written",
+                "correct its rights or choose another: `--set checkpoint.to=URL`",
+                str(error),
             )
         ]
     return []

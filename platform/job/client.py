@@ -23,6 +23,9 @@ class RunClient(Protocol):
     def scale(self, ranks: int) -> str:
         """Asks for a number of ranks; returns "" when accepted, else why not."""
 
+    def save(self) -> str:
+        """Asks for a checkpoint of the next step; returns "" when accepted, else why not."""
+
     def stop(self, reason: str) -> None:
         """Asks the run to finish its step, write a checkpoint and end. Returns at once."""
 

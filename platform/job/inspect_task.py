@@ -23,9 +23,13 @@ import torch
 from everstep.platform.job import optimizer_check
 from everstep.platform.job.errors import Problem, SpecError
 from everstep.platform.job.facts import TaskFacts
+from everstep.platform.job.rules import absolute
 from everstep.platform.job.spec import JobSpec
 from everstep.platform.training.task import Task, TaskContext, TaskError
 from everstep.platform.training.task_loader import load_task
+from everstep.platform.training.warm_start import WarmStartRefused, match, tensors_of
+from everstep.storage.checkpoint import Checkpoint
+from everstep.storage.errors import StorageError
 
 T = TypeVar("T")
 
@@ -62,6 +66,7 @@ def inspect_task(spec: JobSpec, spec_dir: Path) -> TaskFacts:
         model = look.model(task)
         params = look.parameters(model)
         kept, name = look.optimizer(task, params)
+        look.initial_weights(model, spec_dir, own_loop=type(task).loop is not Task.loop)
     except _Refused as refused:
         raise SpecError([*problems, refused.problem]) from refused
     if problems:
@@ -133,6 +138,8 @@ class _Looker:
             raise self.refuse(field, "a data set that can be made", "correct dataset()", why) from error
         if count < 1:
             raise self.refuse(field, "at least one sample", "give data that is not empty", "the data set is empty")
+        if self.spec.eval.every:
+            self.evaluation(task)
         self.during(
             "makes the first lane's batch",
             lambda: task.collate([task.data[index] for index in task.sample(0, 0)]),
@@ -146,6 +153,19 @@ class _Looker:
                 f"schedule(0) is {factor}",
             )
         return count
+
+    def evaluation(self, task: Task) -> None:
+        """Looks whether there is data to evaluate on, and makes the first batch of it."""
+        data = self.during("makes its eval_dataset", lambda: task.eval_data)
+        size = task.lane_batch
+        if data is None or len(data) < size:
+            raise self.refuse(
+                "eval.every",
+                "0, for a task without eval_dataset() or with less than a batch of it",
+                "`--set eval.every=0`, or write eval_dataset()",
+                "eval_dataset() gives None" if data is None else f"it has {len(data)} samples, a batch has {size}",
+            )
+        self.during("makes the first batch to evaluate", lambda: task.collate([data[i] for i in range(size)]))
 
     def model(self, task: Task) -> torch.nn.Module:
         """Builds the model on the meta device, or, when its code cannot, on the CPU."""
@@ -187,6 +207,21 @@ class _Looker:
         if len(params) < len(named):
             self.notes.append(f"{len(named) - len(params)} tensors are frozen (requires_grad is false)")
         return params
+
+    def initial_weights(self, model: torch.nn.Module, spec_dir: Path, own_loop: bool) -> None:
+        """Looks whether the checkpoint of `init_from` fits the model; notes what it gives and what it does not."""
+        rule = self.spec.checkpoint.init_from if self.spec.checkpoint is not None else None
+        if rule is None:
+            return
+        field, url = "checkpoint.init_from", absolute(rule.url, spec_dir)
+        try:
+            if own_loop:
+                raise WarmStartRefused("a task with its own loop builds its model itself: load the weights there")
+            self.notes.append(match(tensors_of(model), Checkpoint.open(url).index, rule).text(url))
+        except (WarmStartRefused, StorageError) as error:
+            raise self.refuse(
+                field, "a checkpoint whose weights fit the model", "correct `url`, `names` or `missing`", str(error)
+            ) from error
 
     def optimizer(self, task: Task, params: dict[str, torch.nn.Parameter]) -> tuple[int, str]:
         """Returns the bytes that the optimizers keep, and their names."""

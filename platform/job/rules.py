@@ -7,6 +7,7 @@
 | a fault's rank, step and extra fields make sense | `_fault`        |
 | stall_s >= frozen_s                              | `_timeouts`     |
 | shadows: zero 1 or 2, one a shard                | `_shadows`      |
+| the best is kept by a metric that there is       | `_best`         |
 | zero <= 2, tensor = pipeline = 1, float32, …     | `_unsupported`  |
 
 What is not built is refused, never ignored. Pure: looks at the job and nothing else.
@@ -15,6 +16,7 @@ What is not built is refused, never ignored. Pure: looks at the job and nothing 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from everstep.platform.job.errors import MISSING, Problem
@@ -39,20 +41,19 @@ _OPTIONAL_FAULT_FIELDS = ("rank", "factor", "steps", "wake_s", "seconds", "to")
 
 def problems(spec: JobSpec) -> list[Problem]:
     """Returns every broken rule, in the order of the file."""
-    found = [*_ranks(spec), *_parity(spec), *_unsupported(spec), *_shadows(spec), *_timeouts(spec)]
+    found = [*_ranks(spec), *_parity(spec), *_unsupported(spec), *_shadows(spec), *_best(spec), *_timeouts(spec)]
     for index, fault in enumerate(spec.faults):
         found += _fault(spec, fault, f"faults.{index}")
     return found
 
 
-def local_path(url: str) -> str:
-    """Returns the path of a local folder's URL (`file:///x` or a plain path)."""
-    return url.removeprefix("file://")
-
-
-def is_local(url: str) -> bool:
-    """Says whether a checkpoint URL is a folder of this machine."""
-    return url.startswith("file:///") or "://" not in url
+def absolute(url: str, spec_dir: Path) -> str:
+    """Returns a folder of this machine as an absolute path, relative ones from the job file's; other URLs as they
+    are.
+    """
+    if "://" in url and not url.startswith("file:///"):
+        return url
+    return str((spec_dir / url.removeprefix("file://")).resolve())
 
 
 def _ranks(spec: JobSpec) -> Iterator[Problem]:
@@ -116,8 +117,6 @@ def _unsupported(spec: JobSpec) -> Iterator[Problem]:
         yield refuse("train.precision", spec.train.precision, "float32", "float32")
     if spec.train.compile:
         yield refuse("train.compile", spec.train.compile, "false", "false")
-    if spec.eval.every:
-        yield refuse("eval.every", spec.eval.every, "0", "0")
     if spec.snapshot.domain not in DOMAINS:
         yield refuse(
             "snapshot.domain", spec.snapshot.domain, "auto, rank or node (labels are designed, not built yet)", "auto"
@@ -125,18 +124,18 @@ def _unsupported(spec: JobSpec) -> Iterator[Problem]:
     for index, sink in enumerate(spec.log):
         if sink not in LOG_SINKS:
             yield Problem(f"log.{index}", sink, ", ".join(LOG_SINKS), "use `log: [jsonl]`", "not supported yet")
-    if spec.checkpoint is not None:
-        to = spec.checkpoint.to
-        if not is_local(to):
-            yield Problem(
-                "checkpoint.to",
-                to,
-                "a folder of this machine, absolute or relative to the job file's",
-                "use a path such as `checkpoint.to: runs`",
-                "object stores and other URLs are not supported yet",
-            )
-        if spec.checkpoint.init_from is not None:
-            yield refuse("checkpoint.init_from", spec.checkpoint.init_from, "null", "null")
+
+
+def _best(spec: JobSpec) -> Iterator[Problem]:
+    best = spec.checkpoint.best if spec.checkpoint is not None else None
+    if best is not None and best.metric.startswith("eval.") and not spec.eval.every:
+        yield Problem(
+            "checkpoint.best.metric",
+            best.metric,
+            "a metric of training while eval.every is 0",
+            "set eval.every to 1 or more, or use `metric: loss`",
+            "nothing is evaluated",
+        )
 
 
 def _shadows(spec: JobSpec) -> Iterator[Problem]:

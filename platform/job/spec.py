@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
 
 from everstep.platform.job import loading, rules
 
@@ -112,7 +112,7 @@ class Data(_Part):
 class Eval(_Part):
     """How often the evaluation set is run."""
 
-    every: int = Field(0, ge=0, description="0, never (evaluation is designed, not built yet)", examples=[0])
+    every: int = Field(0, ge=0, description="a whole number of steps, or 0: never", examples=[100])
 
 
 class Snapshot(_Part):
@@ -134,16 +134,56 @@ class Snapshot(_Part):
     )
 
 
+class Best(_Part):
+    """Which checkpoint is kept besides the newest ones: that with the best value of a metric of its step."""
+
+    metric: str = Field(
+        "loss",
+        min_length=1,
+        description="loss, grad_norm, eval.loss or another metric that the task reports",
+        examples=["loss"],
+    )
+    mode: Literal["min", "max"] = Field("min", description="min or max", examples=["min"])
+
+
+def _as_url(value: Any) -> Any:
+    return {"url": value} if isinstance(value, str) else value
+
+
+class InitFrom(_Part):
+    """Weights to begin with, from a checkpoint of everstep's; `names` rename, `missing` says what may be left out."""
+
+    url: str = Field(min_length=1, description="a checkpoint, or a run's folder", examples=["s3://bucket/runs/a/a"])
+    names: dict[str, str] = Field(
+        {},
+        description="a map of regular expressions on names in the checkpoint to names in the model",
+        examples=[r"{'^encoder\.(.*)': 'backbone.\1'}"],
+    )
+    missing: Literal["error", "keep"] = Field(
+        "error", description="error, or keep (what the checkpoint has not stays as built)", examples=["keep"]
+    )
+
+
 class CheckpointSpec(_Part):
     """Checkpoints on storage. A relative `to` is relative to the job file's folder."""
 
-    to: str = Field(min_length=1, description="a folder, absolute or relative to the job file's", examples=["runs"])
+    to: str = Field(
+        min_length=1,
+        description="a folder, absolute or relative to the job file's, or a URL as s3://bucket/prefix",
+        examples=["runs"],
+    )
     every: int = Field(100, ge=1, description="a whole number of steps of 1 or more", examples=[100])
     keep: int = Field(3, ge=1, description="a whole number of 1 or more", examples=[3])
+    keep_every: int = Field(
+        0, ge=0, description="a number of steps whose multiples are kept for ever, or 0", examples=[1000]
+    )
+    best: Best | None = Field(None, description="a map with metric and mode, or null", examples=["{metric: loss}"])
     resume: Literal["auto", "never"] = Field(
         "auto", description="auto (go on from the newest that verifies) or never", examples=["auto"]
     )
-    init_from: str | None = Field(None, description="null (designed, not built yet)", examples=["null"])
+    init_from: Annotated[InitFrom, BeforeValidator(_as_url)] | None = Field(
+        None, description="a checkpoint's URL, a map with url, names and missing, or null", examples=["runs/a/a"]
+    )
 
 
 class Limits(_Part):
@@ -246,7 +286,9 @@ class JobSpec(_Part):
         examples=["{every: auto}"],
     )
     checkpoint: CheckpointSpec | None = Field(
-        None, description="a map with to, every, keep, resume and init_from, or null", examples=["{to: runs}"]
+        None,
+        description="a map with to, every, keep, keep_every, best, resume and init_from, or null",
+        examples=["{to: runs}"],
     )
     limits: Limits = Field(
         default_factory=Limits,
@@ -280,11 +322,9 @@ class JobSpec(_Part):
         """Samples a step, whatever the number of ranks."""
         return self.lanes * self.lane_batch
 
-    def checkpoint_dir(self, spec_dir: Path) -> Path | None:
-        """Returns `checkpoint.to` as an absolute local path, None without checkpoints."""
-        if self.checkpoint is None:
-            return None
-        return (spec_dir / rules.local_path(self.checkpoint.to)).resolve()
+    def checkpoint_url(self, spec_dir: Path) -> str | None:
+        """Returns `checkpoint.to` as an absolute local path or a URL, None without checkpoints."""
+        return None if self.checkpoint is None else rules.absolute(self.checkpoint.to, spec_dir)
 
     @classmethod
     def load(cls, path: str | Path, overrides: list[str] | None = None) -> JobSpec:

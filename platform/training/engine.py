@@ -15,17 +15,9 @@ from everstep.platform.job.spec import JobSpec
 from everstep.platform.training.conductor import Conductor
 from everstep.platform.training.session import Session
 from everstep.platform.training.settings import JobContext, Settings, current_job
-from everstep.platform.training.task import Loss, Task, TaskContext, keyed_seed
+from everstep.platform.training.task import Loss, Task, TaskContext, TaskRaised, keyed_seed
 from everstep.platform.training.task_loader import load_task
-
-
-class TaskRaised(Exception):
-    """The task's own code raised; `__cause__` is what it raised. `lane` is -1 outside of a lane."""
-
-    def __init__(self, what: str, step: int, lane: int) -> None:
-        super().__init__(what)
-        self.step = step
-        self.lane = lane
+from everstep.platform.training.warm_start import load_weights
 
 
 @dataclass(frozen=True)
@@ -44,6 +36,7 @@ def settings_of(spec: JobSpec) -> Settings:
         clip_norm=spec.train.clip_norm,
         nonfinite_limit=spec.limits.nonfinite,
         stall_s=spec.timeouts.stall_s,
+        eval_every=spec.eval.every,
     )
 
 
@@ -56,7 +49,10 @@ def load(spec: JobSpec, spec_dir: Path) -> Task:
 
 
 def build(task: Task, spec: JobSpec, conductor: Conductor | None) -> Built:
-    """Model, optimizers and session, all from the seed. Raises TaskRaised for errors of the task."""
+    """Model, optimizers and session, all from the seed, or with the weights of `init_from`.
+
+    Raises TaskRaised for errors of the task, WarmStartRefused and StorageError for those of the weights.
+    """
     try:
         torch.manual_seed(keyed_seed(spec.seed, "model"))
         model = task.model()
@@ -64,6 +60,9 @@ def build(task: Task, spec: JobSpec, conductor: Conductor | None) -> Built:
         _ = task.data
     except Exception as error:
         raise TaskRaised(f"building the task failed: {type(error).__name__}: {error}", 0, -1) from error
+    initial = spec.checkpoint.init_from if spec.checkpoint is not None else None
+    if initial is not None:
+        load_weights(model, initial)
     return Built(task, Session(model, optimizers, settings=settings_of(spec), task=task, conductor=conductor))
 
 

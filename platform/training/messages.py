@@ -134,6 +134,7 @@ class Vote(msgspec.Struct, frozen=True):
     stall_s: float = 0.0  # what this rank has waited for snapshots since its last vote
     background_s: float = 0.0  # CPU time that went into snapshots meanwhile: copies, checksums, parity
     samples: int = 0
+    evaluation: tuple[LaneLoss, ...] = ()  # of the state before the step, of my lanes, where it is due
 
 
 class Verdict(msgspec.Struct, frozen=True):

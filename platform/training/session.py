@@ -24,6 +24,7 @@ import torch
 
 from everstep.collectives.errors import CollectiveError, CollectiveTimeout
 from everstep.platform.training.conductor import Conductor, RunOver, Seat, ViewOver
+from everstep.platform.training.evaluation import evaluate
 from everstep.platform.training.exchange import (
     Bucket,
     GradientPool,
@@ -53,12 +54,13 @@ class _Attempt:
 
     step: int  # from 1: the state that a commit leads to
     reduction: Reduction
+    started: float
+    evaluation: tuple[LaneLoss, ...]
     losses: list[LaneLoss] = field(default_factory=list)
     touched: set[int] = field(default_factory=set)
     changed: set[int] = field(default_factory=set)
     integers: list[torch.Tensor] | None = None
     integers_agree: bool = True
-    started: float = 0.0
     samples: int = 0
 
 
@@ -247,7 +249,11 @@ class Session:
             self.settings.stall_s,
             self._pool,
         )
-        self._attempt = _Attempt(step, reduction, started=time.perf_counter())
+        self._attempt = _Attempt(step, reduction, time.perf_counter(), self._evaluate(seat))
+
+    def _evaluate(self, seat: Seat) -> tuple[LaneLoss, ...]:
+        lanes = lanes_of(seat.rank, seat.ranks, self.settings.lanes, self._waves)
+        return evaluate(self.settings, self.task, self.state, lanes, self._random, self._conductor.over)
 
     def _on_gradient(self, position: int) -> Callable[[torch.Tensor], None]:
         def hook(parameter: torch.Tensor) -> None:
@@ -345,9 +351,8 @@ class Session:
 
     def _vote(self, attempt: _Attempt, owned: Sequence[tuple[int, int]], compute_s: float, exchange_s: float) -> Vote:
         blocks = torch.tensor(self.state.norm_blocks(owned), dtype=torch.float64)
-        digest = hashlib.sha256(
-            b"".join(t.contiguous().numpy().tobytes() for t in attempt.integers or [])
-        ).hexdigest()
+        integers = b"".join(t.contiguous().numpy().tobytes() for t in attempt.integers or [])
+        digest = hashlib.sha256(integers).hexdigest()
         stall_s, self._stall_s = self._stall_s, 0.0
         return Vote(
             "step",
@@ -364,6 +369,7 @@ class Session:
             stall_s=stall_s,
             background_s=self._conductor.background_s(),
             samples=attempt.samples,
+            evaluation=attempt.evaluation,
         )
 
     def _gather(self, seat: Seat) -> None:
@@ -432,14 +438,13 @@ class Session:
         """The last step is committed: seal it everywhere, hash it, and end."""
         step = self.state.stamp
         self._stall_s += self._conductor.protect(step + 1, now=True)
-        self._conductor.vote(
-            seat, step + 1, Vote("seal", sealed_step=self._conductor.sealed_step(), stall_s=self._stall_s)
-        )
+        sealed = self._conductor.sealed_step()
+        vote = Vote("seal", sealed_step=sealed, stall_s=self._stall_s, evaluation=self._evaluate(seat))
+        self._conductor.vote(seat, step + 1, vote)
         with torch.no_grad():
             everywhere = self.settings.zero == 0
             lines = hash_lines(self.state, seat.plan.owned, seat.group, self.settings.stall_s, everywhere)
-        self._conductor.vote(
-            seat, step + 2, Vote("hash", hash_lines=lines, sealed_step=self._conductor.sealed_step())
-        )
+        vote = Vote("hash", hash_lines=lines, sealed_step=self._conductor.sealed_step())
+        self._conductor.vote(seat, step + 2, vote)
         self.state_lines = lines
         self._done = True

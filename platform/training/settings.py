@@ -23,6 +23,7 @@ class Settings:
     clip_norm: float | None = None
     nonfinite_limit: int = 10
     stall_s: float = 60.0
+    eval_every: int = 0
 
 
 @dataclass(frozen=True)

@@ -88,6 +88,17 @@ def judge_step(step: int, votes: Mapping[str, Vote], rules: Rules, progress: Pro
     return verdict, Progress(0)
 
 
+def average(votes: Mapping[str, Vote], lanes: int) -> dict[str, float]:
+    """Of an evaluation: `eval.loss` and `eval.NAME` of the task's metrics; empty where the votes carry none."""
+    found = {item.lane: item for name in sorted(votes) for item in votes[name].evaluation}
+    if len(found) < lanes:
+        return {}
+    weight = sum_lanes({lane: item.weight for lane, item in found.items()}, lanes)
+    total = sum_lanes({lane: item.sum for lane, item in found.items()}, lanes)
+    metrics = {f"eval.{name}": value for name, value in _metrics(found).items()}
+    return {"eval.loss": total / weight if weight > 0 else math.nan, **metrics}
+
+
 def _norm(blocks: array.array[float], weight: float) -> float:
     try:
         return math.sqrt(math.fsum(blocks)) / weight if weight > 0 else math.nan

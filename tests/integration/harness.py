@@ -45,6 +45,7 @@ LOOK_S = 0.01
 ARGS: dict[str, dict[str, Any]] = {
     "Mlp": {"samples": 512, "width": 160},
     "Gated": {"samples": 512, "width": 160},
+    "Evaluated": {"samples": 512, "width": 160},
     "Failing": {"samples": 512},
     "OwnLoop": {"samples": 512, "width": 160},
     "Norm": {"samples": 256},

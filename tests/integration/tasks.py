@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -50,6 +51,19 @@ def pass_gate(gate: Path) -> None:
         if time.monotonic() > deadline:
             raise TimeoutError(f"nobody opened {gate}")
         time.sleep(LOOK_S)
+
+
+class Evaluated(Mlp):
+    """Mlp that is evaluated on samples that it is not trained on, by its loss and by how often it is right."""
+
+    def eval_dataset(self) -> es.Dataset:
+        return Mlp({**self.args, "samples": 203}, replace(self.context, seed=99)).dataset()
+
+    def evaluate(self, model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor], ctx: es.LaneContext) -> es.Loss:
+        inputs, labels = batch
+        loss = self.loss(model, batch, ctx)
+        right = (model(inputs).argmax(1) == labels).float().mean()
+        return es.Loss(loss * len(labels), len(labels), {"right": float(right)})
 
 
 class Failing(Mlp):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import queue
 import random
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -13,12 +15,15 @@ import pytest
 from everstep.actors import checkpoints as module
 from everstep.actors.checkpoints import CheckpointDesk, claim_epoch
 from everstep.actors.config import Saved
+from everstep.actors.journal import Journal
 from everstep.platform.job.spec import JobSpec
 from everstep.storage.checkpoint import Checkpoint, find_newest
+from everstep.storage.errors import StorageError
 from everstep.storage.index import TensorMeta
-from everstep.storage.manifest import names
+from everstep.storage.manifest import CheckpointName, names
 from everstep.storage.rank_file import write_rank_file
 from everstep.storage.segment import SegmentMap, Writer, create_segment, read_seal, required_bytes
+from everstep.storage.stores.opening import folder_at
 
 pytestmark = pytest.mark.usefixtures("leaves_nothing_behind")
 W = TensorMeta("w", "param", "float32", (100,))
@@ -31,16 +36,15 @@ PROGRESS = {"nonfinite_in_a_row": 1}
 class Office:
     """A desk, the news it gave, and managers that write files for it."""
 
-    def __init__(self, folder: Path, epoch: int = 1, keep: int = 2) -> None:
+    def __init__(self, folder: Path, epoch: int = 1, keep: int = 2, eval_every: int = 0, **rules: Any) -> None:
         self.folder = folder
-        plain = {"name": "job", "task": "t.py:T", "steps": 100, "checkpoint": {"to": "runs", "keep": keep}}
+        plain = {"name": "job", "task": "t.py:T", "steps": 100, "checkpoint": {"to": "runs", "keep": keep} | rules}
+        spec = JobSpec.parse(plain | {"eval": {"every": eval_every}})
         self.done: queue.Queue[tuple[str, int, str]] = queue.Queue()
-        self.desk = CheckpointDesk(JobSpec.parse(plain), folder, epoch, lambda *news: self.done.put(news))
+        self.desk = CheckpointDesk(spec, str(folder / "runs"), epoch, lambda *news: self.done.put(news), "1a2b-dirty")
 
-    def begin(self, step: int) -> str:
-        folder = self.desk.begin(VIEW, step, RANKS, dict(PROGRESS))
-        assert Path(folder).is_dir()
-        return folder
+    def begin(self, step: int, **metrics: float) -> str:
+        return self.desk.begin(VIEW, step, RANKS, {**PROGRESS, "metrics": metrics})
 
     def saved(self, saved: Saved) -> None:
         self.desk.saved(saved, f"slot-{saved.file}")
@@ -58,19 +62,23 @@ class Office:
             seal = read_seal(segment)
             assert seal is not None
             file = f"rank-{rank:05d}.safetensors"
-            record = write_rank_file(segment, seal, folder, file)
+            record = write_rank_file(segment, seal, folder_at(folder), file)
         path.unlink()
         return Saved(folder, step, file, msgspec.msgpack.encode(record))
 
-    def checkpoint(self, step: int) -> str:
-        folder = self.begin(step)
+    def checkpoint(self, step: int, **metrics: float) -> str:
+        folder = self.begin(step, **metrics)
         for rank in range(RANKS):
             self.saved(self.write(folder, step, rank))
         assert self.news() == (folder, step, "")
         return folder
 
     def news(self) -> tuple[str, int, str]:
-        return self.done.get(timeout=WAIT_S)
+        """Booked, as the supervisor's loop does."""
+        folder, step, error = self.done.get(timeout=WAIT_S)
+        assert self.desk.busy, "nobody may take the run for finished before its news are booked"
+        self.desk.note(Journal(None), folder, step, error, "")
+        return folder, step, error
 
     def steps(self) -> list[int]:
         return [name.step for name in names(self.desk.root)]
@@ -100,14 +108,27 @@ def test_a_checkpoint_is_there_when_the_last_rank_has_written_its_file(office: O
     checkpoint.verify()
     assert checkpoint.read_bytes("w")[1] == content(5)
     manifest = checkpoint.manifest
-    assert (manifest.step, manifest.epoch, manifest.job, manifest.progress) == (5, 1, "job", PROGRESS)
+    assert (manifest.step, manifest.epoch, manifest.job) == (5, 1, "job")
+    assert manifest.progress == {**PROGRESS, "metrics": {}}
     assert manifest.spec["steps"] == 100
     assert {"everstep", "torch", "python"} <= set(manifest.versions)
+    assert manifest.versions["commit"] == "1a2b-dirty"
     assert office.desk.newest is not None
     assert (office.desk.newest.folder, office.desk.newest.step) == (folder, 5)
     assert office.desk.newest.nonfinite_in_a_row == 1
     office.desk.close()
     assert not office.desk.busy
+
+
+def test_the_newest_is_the_last_whichever_was_whole_first(office: Office) -> None:
+    early = office.begin(5)
+    late = office.checkpoint(7)
+    for rank in range(RANKS):
+        office.saved(office.write(early, 5, rank))
+    office.news()
+    assert office.desk.urls == [early, late]
+    assert office.desk.newest is not None
+    assert office.desk.newest.step == 7
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -155,9 +176,6 @@ def test_what_a_view_that_ended_had_not_sealed_is_abandoned(office: Office) -> N
     office.saved(office.write(unsealed, 6, 0))
     slots = {f"slot-rank-{rank:05d}.safetensors" for rank in range(RANKS)}
     assert office.desk.abandon(5, {(VIEW, 5): slots, (VIEW, 6): slots}) == {6}
-    folder, step, error = office.news()
-    assert (folder, step) == (unsealed, 6)
-    assert "its view ended" in error
     office.saved(office.write(unsealed, 6, 1))  # it comes too late
     for rank in range(RANKS):
         office.saved(office.write(sealed, 5, rank))
@@ -175,7 +193,6 @@ def test_a_file_that_nobody_will_write_is_not_waited_for(office: Office) -> None
     office.saved(office.write(folder, 5, 0))
     assert office.desk.abandon(5, {(VIEW, 5): {lost}}) == set(), "one is written, the other will be"
     assert office.desk.abandon(5, {(VIEW, 5): {written}, ((1, 2), 5): {lost}, (VIEW, 4): {lost}}) == {5}
-    assert office.news()[:2] == (folder, 5)
     assert not office.desk.busy
 
 
@@ -184,10 +201,40 @@ def test_only_the_newest_are_kept_and_half_written_ones_go(office: Office) -> No
     for step in (1, 2):
         office.checkpoint(step)
     in_progress = office.begin(3)
+    office.write(in_progress, 3, 0)
+    abandoned = CheckpointName(1, 1, 7)  # of a supervisor that was killed
+    office.write(office.desk.root.child(str(abandoned)).url, 1, 0)
     office.checkpoint(4)
     office.desk.close()
     assert office.steps() == [2, 3, 4]
     assert Path(in_progress).is_dir()
+
+
+def test_multiples_and_the_best_are_kept_besides(tmp_path: Path) -> None:
+    office = Office(tmp_path, keep=1, keep_every=4, best={"metric": "right", "mode": "max"})
+    for step, right in [(1, 0.1), (2, 0.9), (3, 0.5), (4, 0.3), (5, 0.9), (6, 0.2)]:
+        office.checkpoint(step, right=right)
+    office.desk.close()
+    assert office.steps() == [4, 5, 6], "of two that are as good the newer one"
+    again = Office(tmp_path, epoch=2, keep=1, best={"metric": "right", "mode": "max"})
+    again.checkpoint(7, right=float("nan"))
+    again.desk.close()
+    assert again.steps() == [5, 7], "what another execution wrote is judged by its manifest"
+
+
+def test_the_manifest_waits_for_the_evaluation_of_its_step(tmp_path: Path) -> None:
+    office = Office(tmp_path, eval_every=2)
+    folder = office.begin(4, loss=2.0)
+    for rank in range(RANKS):
+        office.saved(office.write(folder, 4, rank))
+    assert office.desk.busy
+    assert office.done.empty()
+    office.desk.scored(2, {"eval.loss": 9.0})
+    office.desk.scored(4, {"eval.loss": 1.5})
+    assert office.news() == (folder, 4, "")
+    assert Checkpoint.open(folder).manifest.progress["metrics"] == {"loss": 2.0, "eval.loss": 1.5}
+    office.checkpoint(5)
+    office.desk.close()
 
 
 def test_a_folder_that_is_begun_or_being_finished_while_others_are_collected_stays(
@@ -195,12 +242,14 @@ def test_a_folder_that_is_begun_or_being_finished_while_others_are_collected_sta
 ) -> None:
     """Collection runs in the worker, and the loop goes on: after its list of folders was read, too."""
     begun: list[str] = []
+    first: list[Saved] = []
     collect = module.collect
 
     def slowly(*args, **kwargs):
         if not begun:
             begun.append(office.begin(2))
             begun.append(office.begin(3))
+            first.append(office.write(begun[1], 3, 0))
             for rank in range(RANKS):
                 office.saved(office.write(begun[0], 2, rank))
         return collect(*args, **kwargs)
@@ -209,15 +258,15 @@ def test_a_folder_that_is_begun_or_being_finished_while_others_are_collected_sta
     office.checkpoint(1)
     assert office.news() == (begun[0], 2, "")
     assert Path(begun[1]).is_dir()
-    for rank in range(RANKS):
-        office.saved(office.write(begun[1], 3, rank))
+    office.saved(first[0])
+    office.saved(office.write(begun[1], 3, 1))
     assert office.news() == (begun[1], 3, "")
 
 
 def test_an_abandoned_folder_is_collected_with_the_next_checkpoint(office: Office) -> None:
-    office.begin(7)
+    office.write(office.begin(7), 7, 0)
+    assert office.steps() == [7]
     assert office.desk.abandon(0, {}) == {7}
-    office.news()
     office.checkpoint(8)
     office.desk.close()
     assert office.steps() == [8]
@@ -234,21 +283,27 @@ def test_checkpoints_of_another_execution_count_and_those_of_a_newer_one_are_lef
     assert [(n.epoch, n.step) for n in names(office.desk.root)] == [(3, 1), (2, 5)]
 
 
-def test_a_storage_that_refuses_a_folder_is_told_and_raises_nothing(office: Office) -> None:
-    office.desk.root.parent.mkdir(parents=True)
-    office.desk.root.write_text("a file is in the way")
-    assert office.desk.begin(VIEW, 5, RANKS, dict(PROGRESS)) == ""
-    folder, step, error = office.news()
-    assert (folder, step) == ("", 5)
-    assert "cannot create a checkpoint's folder" in error
-    assert not office.desk.busy
+def test_a_storage_that_refuses_is_told_by_who_writes_and_by_who_commits(office: Office) -> None:
+    root = Path(office.desk.root.url)
+    root.parent.mkdir(parents=True)
+    root.write_text("a file is in the way")
+    folder = office.begin(5)
+    with pytest.raises(StorageError, match="Not a directory"):
+        office.write(folder, 5, 0)
+    root.unlink()
+    reports = [office.write(folder, 5, rank) for rank in range(RANKS)]
+    shutil.rmtree(folder)
+    Path(folder).write_text("a file is in the way")
+    for report in reports:
+        office.saved(report)
+    assert office.news()[:2] == (folder, 5)
 
 
 def test_no_two_executions_have_one_epoch(tmp_path: Path) -> None:
-    assert claim_epoch(tmp_path / "run") == 1
+    assert claim_epoch(folder_at(tmp_path / "run")) == 1
     office = Office(tmp_path, epoch=6)
     office.checkpoint(1)
     office.desk.close()
     assert claim_epoch(office.desk.root) == 7
     assert claim_epoch(office.desk.root) == 8
-    assert [claim_epoch(tmp_path / "run") for _ in range(3)] == [2, 3, 4]
+    assert [claim_epoch(folder_at(tmp_path / "run")) for _ in range(3)] == [2, 3, 4]

@@ -12,6 +12,7 @@ import pytest
 
 from everstep.collectives.messages import Member
 from everstep.platform.cluster.desk import Desk, Judgement, Resume, live_faults
+from everstep.platform.cluster.saving import Finished
 from everstep.platform.job.spec import JobSpec
 from everstep.platform.training.messages import Inventory, LaneLoss, SealedVersion, Stock, ViewPlan, Vote
 from everstep.platform.training.recovery import Lost
@@ -42,6 +43,14 @@ def vote(lane: int, loss: float = 1.0, sealed: int = -1) -> Vote:
 def judged(made: Desk, step: int, *votes: Vote) -> Judgement:
     given = votes or (vote(0, sealed=step - 1), vote(1, sealed=step - 1))
     return made.judge(step, {name: encode(v) for name, v in zip(NAMES, given, strict=False)})
+
+
+def written(made: Desk, step: int) -> Judgement:
+    """A step whose checkpoint, if there is one, is whole before the next."""
+    judgement = judged(made, step)
+    if judgement.verdict.checkpoint:
+        made.note_saving(Finished(step), 0.0)
+    return judgement
 
 
 def index(step: int, kind: str = "segment") -> StateIndex:
@@ -126,7 +135,7 @@ def test_checkpoints_are_due_every_so_often_and_at_the_end() -> None:
         return f"folder-{step}"
 
     made = desk(new_folder=new_folder, steps=7, checkpoint={"to": "runs", "every": 3}, snapshot={"every": 5})
-    verdicts = {step: judged(made, step).verdict for step in range(1, 8)}
+    verdicts = {step: written(made, step).verdict for step in range(1, 8)}
     assert asked == [3, 6, 7]
     assert {step: v.checkpoint for step, v in verdicts.items() if v.checkpoint} == {s: f"folder-{s}" for s in asked}
     assert [step for step, v in verdicts.items() if v.snapshot] == [3, 6, 7], "a checkpoint is made of a snapshot"
@@ -154,10 +163,31 @@ def test_without_checkpoints_none_is_ever_begun() -> None:
     assert [judged(made, step).verdict.snapshot for step in (1, 2)] == [True, True]
 
 
-def test_a_storage_that_refuses_a_folder_does_not_end_the_run() -> None:
-    made = desk(new_folder=lambda step: "", steps=4, checkpoint={"to": "runs", "every": 1})
-    verdict = judged(made, 1).verdict
-    assert (verdict.outcome, verdict.checkpoint) == ("commit", "")
+def test_a_checkpoint_waits_for_the_one_before_and_the_run_goes_on() -> None:
+    made = desk(steps=4, checkpoint={"to": "runs", "every": 1})
+    assert [judged(made, step).verdict.checkpoint for step in (1, 2)] == ["step-1", ""]
+    late = judged(made, 3)
+    assert (late.verdict.outcome, late.verdict.checkpoint) == ("commit", "")
+    assert late.saving == "the checkpoint due at step 3 waits for that of step 1"
+    assert judged(made, 4).verdict.checkpoint == "step-4", "the last one does not wait"
+
+
+def test_metrics_are_those_of_the_step_that_was_judged() -> None:
+    made = desk(checkpoint={"to": "runs", "every": 1})
+    judged(made, 1, vote(0, 2.0), vote(1, 4.0))
+    assert made.metrics(1)["loss"] == 3.0
+    assert made.metrics(2) == {}
+
+
+def test_an_evaluation_is_averaged_over_all_lanes_and_told_with_the_next_step() -> None:
+    made = desk()
+    parts = [(LaneLoss(0, 3.0, 1.0, {"right": 1.0}),), (LaneLoss(1, 5.0, 3.0, {"right": 0.0}),)]
+    votes = [msgspec.structs.replace(vote(lane), evaluation=parts[lane]) for lane in (0, 1)]
+    assert judged(made, 5, *votes).evaluation == {"eval.loss": 2.0, "eval.right": 0.25}
+    assert judged(made, 6).evaluation == {}
+    seals = [Vote("seal", evaluation=part) for part in parts]
+    assert judged(made, 7, *seals).evaluation["eval.loss"] == 2.0
+    assert judged(made, 8, votes[0], vote(1)).evaluation == {}, "a lane is missing"
 
 
 def test_a_stop_makes_the_step_in_flight_the_last() -> None:
@@ -173,7 +203,7 @@ def test_a_stop_makes_the_step_in_flight_the_last() -> None:
 def test_shadows_stand_in_for_snapshots_but_for_checkpoints_and_the_end() -> None:
     shadow = {"redundancy": "shadow"}
     made = desk(steps=7, checkpoint={"to": "runs", "every": 3}, snapshot=shadow)
-    verdicts = [judged(made, step).verdict for step in range(1, 8)]
+    verdicts = [written(made, step).verdict for step in range(1, 8)]
     assert [v.snapshot for v in verdicts] == [False, False, True, False, False, True, True]
     assert {v.interval for v in verdicts} == {7}, "nobody waits for one that does not come"
     assert made.parity == 0

@@ -318,14 +318,12 @@ def test_a_checkpoint_folder_without_rights_is_refused(tmp_path):
     assert "Permission denied" in problem.why
 
 
-def test_a_checkpoint_folder_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
-    def denied(**where):
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(checks.tempfile, "NamedTemporaryFile", denied)
-    (problem,) = checkpoint_folder(spec(checkpoint={"to": "runs"}), tmp_path)
-    assert "Permission denied" in problem.why
+def test_a_checkpoint_folder_that_cannot_be_written_is_refused(tmp_path):
+    (problem,) = checkpoint_folder(spec(checkpoint={"to": "/proc/runs"}), tmp_path)
+    assert "/proc/runs" in problem.why
     assert problem.fix
+    assert checkpoint_folder(spec(checkpoint={"to": "runs"}), tmp_path) == []
+    assert list((tmp_path / "runs").iterdir()) == [], "nothing is left of the look"
 
 
 def test_task_and_folder_are_refused_in_one_message(folder, tmp_path):

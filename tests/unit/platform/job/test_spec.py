@@ -36,7 +36,15 @@ GOLDEN = {
     "data": {"workers": 0, "prefetch": 2},
     "eval": {"every": 0},
     "snapshot": {"every": "auto", "share": 0.01, "parity": 1, "domain": "auto", "redundancy": "parity"},
-    "checkpoint": {"to": "runs", "every": 100, "keep": 3, "resume": "auto", "init_from": None},
+    "checkpoint": {
+        "to": "runs",
+        "every": 100,
+        "keep": 3,
+        "keep_every": 0,
+        "best": None,
+        "resume": "auto",
+        "init_from": None,
+    },
     "limits": {"wall": None, "user": 0, "infrastructure": 100, "preemption": -1, "nonfinite": 10},
     "timeouts": {"frozen_s": 2.0, "stall_s": 60.0},
     "log": ["jsonl"],
@@ -163,7 +171,11 @@ def test_a_wrong_field_is_named_with_its_value_and_what_is_allowed(field, change
         ("resources.gpus", {"resources": {"gpus": 1}}, "0"),
         ("train.precision", {"train": {"precision": "bfloat16"}}, "float32"),
         ("train.compile", {"train": {"compile": True}}, "false"),
-        ("eval.every", {"eval": {"every": 10}}, "0"),
+        (
+            "checkpoint.best.metric",
+            {"checkpoint": {"to": "x", "best": {"metric": "eval.loss"}}},
+            "a metric of training",
+        ),
         ("snapshot.parity", {"snapshot": {"parity": 4}, "ranks": {"max": 4}}, "0 to 3 (4 failure domains"),
         ("snapshot.domain", {"snapshot": {"domain": "rack"}}, "auto, rank or node"),
         (
@@ -184,8 +196,6 @@ def test_a_wrong_field_is_named_with_its_value_and_what_is_allowed(field, change
         ("snapshot.share", {"snapshot": {"share": 0}}, "a number above 0, at most 1"),
         ("snapshot.share", {"snapshot": {"share": 1.01}}, "a number above 0, at most 1"),
         ("snapshot.redundancy", {"snapshot": {"redundancy": "twins"}}, "parity (of snapshots) or shadow"),
-        ("checkpoint.to", {"checkpoint": {"to": "s3://bucket/runs"}}, "a folder of this machine"),
-        ("checkpoint.init_from", {"checkpoint": {"to": "x", "init_from": "y"}}, "null"),
         ("log.1", {"log": ["jsonl", "wandb"]}, "jsonl"),
         (
             "timeouts.stall_s",
@@ -266,6 +276,17 @@ def test_a_job_cannot_be_changed():
 
 
 def test_a_checkpoint_folder_is_relative_to_the_job_file(tmp_path):
-    assert spec(checkpoint={"to": "runs"}).checkpoint_dir(tmp_path) == tmp_path / "runs"
-    assert str(spec(checkpoint={"to": "file:///a/b"}).checkpoint_dir(tmp_path)) == "/a/b"
-    assert spec().checkpoint_dir(tmp_path) is None
+    assert spec(checkpoint={"to": "runs"}).checkpoint_url(tmp_path) == str(tmp_path / "runs")
+    assert spec(checkpoint={"to": "file:///a/b"}).checkpoint_url(tmp_path) == "/a/b"
+    assert spec(checkpoint={"to": "s3://bucket/runs"}).checkpoint_url(tmp_path) == "s3://bucket/runs"
+    assert spec().checkpoint_url(tmp_path) is None
+
+
+def test_weights_to_begin_with_have_a_short_and_a_long_form():
+    assert spec(checkpoint={"to": "x"}).checkpoint.init_from is None
+    short = spec(checkpoint={"to": "x", "init_from": "y"}).checkpoint.init_from
+    assert (short.url, short.names, short.missing) == ("y", {}, "error")
+    long = spec(checkpoint={"to": "x", "init_from": {"url": "y", "names": {"a": "b"}, "missing": "keep"}})
+    assert long.checkpoint.init_from.names == {"a": "b"}
+    with pytest.raises(SpecError, match="init_from"):
+        spec(checkpoint={"to": "x", "init_from": {"urls": "y"}})
