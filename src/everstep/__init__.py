@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from everstep.platform.training.task import LaneContext as LaneContext
     from everstep.platform.training.task import Loss as Loss
     from everstep.platform.training.task import Task as Task
+    from everstep.storage.datasets.json_lines import JsonLines as JsonLines
+    from everstep.storage.datasets.mixture import Mixture as Mixture
+    from everstep.storage.datasets.parquet import Parquet as Parquet
+    from everstep.storage.datasets.text import TextBytes as TextBytes
+    from everstep.storage.datasets.tokens import Tokens as Tokens
 
 __version__ = "0.1.0"
 
@@ -27,12 +32,17 @@ _HOME = {
     "CommitEvent": "everstep.platform.training.task",
     "Dataset": "everstep.platform.training.task",
     "JobSpec": "everstep.platform.job.spec",
+    "JsonLines": "everstep.storage.datasets.json_lines",
     "LaneContext": "everstep.platform.training.task",
     "Loss": "everstep.platform.training.task",
+    "Mixture": "everstep.storage.datasets.mixture",
+    "Parquet": "everstep.storage.datasets.parquet",
     "RunResult": "everstep.platform.job.result",
     "Session": "everstep.platform.training.session",
     "Settings": "everstep.platform.training.settings",
     "Task": "everstep.platform.training.task",
+    "TextBytes": "everstep.storage.datasets.text",
+    "Tokens": "everstep.storage.datasets.tokens",
     "run": "everstep.actors.launch",
 }
 
@@ -40,6 +50,11 @@ __all__ = [  # noqa: RUF022  # the order of the README: what a task needs, then 
     "Task",
     "Loss",
     "Dataset",
+    "TextBytes",
+    "JsonLines",
+    "Parquet",
+    "Tokens",
+    "Mixture",
     "LaneContext",
     "CommitEvent",
     "Session",

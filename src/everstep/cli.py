@@ -18,18 +18,17 @@ from collections.abc import Iterator
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import msgspec
 import typer
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from everstep import display as displays
 from everstep import doctor as doctors
-from everstep.platform.job.client import RunClient
-from everstep.platform.job.errors import UnknownJob
+from everstep.checkpoint_cli import app as checkpoint_app
+from everstep.command import AsJson, JobName, connect_to, fail, find_run, print_table
 from everstep.platform.job.registry import Registry, RunEntry
 from everstep.platform.job.result import Finding
 from everstep.platform.job.status import Status
@@ -42,12 +41,8 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
 )
+app.add_typer(checkpoint_app, name="checkpoint")
 _FOLLOW_S = 0.3
-
-JobName = Annotated[
-    str, typer.Argument(metavar="JOB", help="JOB, or JOB/RUN when a job has several.", show_default=False)
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 
 class HostKind(StrEnum):
@@ -83,7 +78,7 @@ def run(
     everstep run job.yaml --set ranks.max=2 --host processes --result result.json
     """
     if host is HostKind.processes and address:
-        _fail("--address is for --host ray; local processes have no address: leave it out", EXIT_REFUSED)
+        fail("--address is for --host ray; local processes have no address: leave it out", EXIT_REFUSED)
     if host is HostKind.ray:
         address = address or os.environ.get("RAY_ADDRESS") or None
     request = RunRequest(spec, tuple(set_ or ()), host.value, address, result, json_)
@@ -114,7 +109,7 @@ def jobs(json_: AsJson = False) -> None:
     for e in entries:
         started = f"{datetime.fromtimestamp(e.record.started):%Y-%m-%d %H:%M:%S}"
         table.add_row(e.name, e.state, e.record.host, started, str(e.record.pid), e.record.spec)
-    _print(table)
+    print_table(table)
 
 
 @app.command()
@@ -125,8 +120,8 @@ def status(job: JobName, json_: AsJson = False) -> None:
     everstep status gpt
     everstep status gpt --json | jq .step
     """
-    entry = _find(job)
-    now = _connect(entry).status() if entry.live else _ended(entry)
+    entry = find_run(job)
+    now = connect_to(entry).status() if entry.live else _ended(entry)
     if json_:
         print(json.dumps({**msgspec.to_builtins(now), "live": entry.live, "state": entry.state}))
         return
@@ -158,7 +153,7 @@ def logs(
     everstep logs gpt
     everstep logs gpt --rank 1 --follow
     """
-    entry = _find(job)
+    entry = find_run(job)
     seen: dict[Path, int] = {}
     while True:
         live = is_live(entry)  # asked first, so that the last lines are read after the end
@@ -179,9 +174,9 @@ def findings(job: JobName, json_: AsJson = False) -> None:
     \b
     everstep findings gpt
     """
-    entry = _find(job)
+    entry = find_run(job)
     if entry.live:
-        client = _connect(entry)
+        client = connect_to(entry)
         done = client.result()
         found = list(done.findings) if done is not None else []
         if done is None:
@@ -216,10 +211,10 @@ def scale(
     \b
     everstep scale gpt --ranks 2
     """
-    entry = _find(job, live=True)
-    refused = _connect(entry).scale(ranks)
+    entry = find_run(job, live=True)
+    refused = connect_to(entry).scale(ranks)
     if refused:
-        _fail(f"{entry.name}: {refused}")
+        fail(f"{entry.name}: {refused}")
     print(json.dumps({"job": entry.name, "ranks": ranks}) if json_ else f"{entry.name}: scaling to {ranks} ranks")
 
 
@@ -230,8 +225,8 @@ def stop(job: JobName, json_: AsJson = False) -> None:
     \b
     everstep stop gpt
     """
-    entry = _find(job, live=True)
-    _connect(entry).stop("everstep stop")
+    entry = find_run(job, live=True)
+    connect_to(entry).stop("everstep stop")
     print(json.dumps({"job": entry.name, "stopping": True}) if json_ else f"{entry.name}: stopping after this step")
 
 
@@ -292,7 +287,7 @@ def coordinator(
     from everstep.collectives.coordinator import Coordinator
 
     if token_file is None:
-        _fail(
+        fail(
             "a group needs a secret: write one to a file and name it with --token-file or $EVERSTEP_TOKEN_FILE",
             EXIT_REFUSED,
         )
@@ -301,7 +296,7 @@ def coordinator(
         served = Coordinator(bind, token, min_peers, timeout_s=timeout, state=state)
         served.start()
     except (OSError, RuntimeError, ValueError) as error:
-        _fail(f"the coordinator cannot start: {error}", EXIT_REFUSED)
+        fail(f"the coordinator cannot start: {error}", EXIT_REFUSED)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     asked = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -336,25 +331,6 @@ def main() -> None:
 def is_live(entry: RunEntry) -> bool:
     """Whether the run lives now (an entry is a look at one moment)."""
     return any(e.path == entry.path for e in Registry().live_runs())
-
-
-def _find(job: str, *, live: bool = False) -> RunEntry:
-    try:
-        return Registry().find(job, live=live)
-    except UnknownJob as error:
-        _fail(str(error))
-
-
-def _connect(entry: RunEntry) -> RunClient:
-    from everstep.actors.client import connect
-
-    if not entry.record.supervisor:
-        _fail(f"{entry.name} is still starting and has no address yet; try again in some seconds")
-    try:
-        client: RunClient = connect(entry.record.supervisor, entry.token())
-    except (OSError, UnicodeDecodeError) as error:
-        _fail(f"{entry.name} cannot be reached at {entry.record.supervisor}: {error}")
-    return client
 
 
 def _ended(entry: RunEntry) -> Status:
@@ -392,15 +368,3 @@ def _new_lines(folder: Path, rank: int | None, seen: dict[Path, int], *, final: 
         seen[file] += end
         for line in text[:end].decode(errors="replace").splitlines():
             yield file.stem, line
-
-
-def _print(table: Table) -> None:
-    if sys.stdout.isatty():
-        Console(highlight=False).print(table)
-    else:
-        Console(width=displays.PIPE_WIDTH, no_color=True, highlight=False).print(table)
-
-
-def _fail(text: str, code: int = EXIT_FAILED) -> NoReturn:
-    print(f"everstep: {text}", file=sys.stderr)
-    raise typer.Exit(code)

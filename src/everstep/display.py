@@ -69,10 +69,10 @@ def header_lines(spec: JobSpec, facts: TaskFacts, host: str, spec_dir: Path) -> 
     """What a user checks before a long run: batch, ranks, size, where checkpoints go."""
     run = "" if spec.run_name == spec.name else f", run {spec.run_name}"
     ranks = f"{spec.ranks.min} to {spec.ranks.max}" if spec.ranks.min != spec.ranks.max else f"{spec.ranks.max}"
-    folder = spec.checkpoint_dir(spec_dir)
+    url = spec.checkpoint_url(spec_dir)
     checkpoint = "none (stopping the run loses it; set checkpoint.to)"
-    if folder is not None and spec.checkpoint is not None:
-        checkpoint = f"every {spec.checkpoint.every} steps to {folder}"
+    if url is not None and spec.checkpoint is not None:
+        checkpoint = f"every {spec.checkpoint.every} steps to {url}"
     lines = [
         f"job {spec.name}{run}: {spec.steps} steps of {spec.task} on host {host}",
         f"  global batch  {spec.global_batch} = {spec.lanes} lanes x {spec.lane_batch} samples,"
