@@ -41,7 +41,7 @@ def take(path: Path) -> int | None:
 def reap(path: Path, grace_s: float) -> str:
     """Steps 2 to 5 for one folder; returns why it stopped: "released" or "reaped"."""
     try:
-        lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        lock = os.open(path / "lock", os.O_RDWR)  # an owner made it; made anew, it would keep a folder that is going
     except FileNotFoundError:
         return "released"
     while True:
