@@ -146,15 +146,19 @@ def check_nodes(spec: JobSpec, nodes: int) -> None:
 
 
 def checkpoint_folder(spec: JobSpec, spec_dir: Path) -> list[Problem]:
-    """Returns a problem when nothing can be written to `checkpoint.to`. Writes a small file there and removes it."""
+    """Returns a problem when nothing can be written to `checkpoint.to`, or not exclusively, which every commit needs.
+
+    Writes a small folder there and removes it.
+    """
     url = spec.checkpoint_url(spec_dir)
     if url is None or spec.checkpoint is None:
         return []
     try:
         folder = folder_at(url)
         probe = folder.child(f"everstep-check-{secrets.token_hex(8)}")
-        folder.store.put_new(probe.path, b"may be removed\n")
-        folder.store.remove_file(probe.path)
+        folder.store.claim_folder(probe.path)
+        folder.store.put_new(probe.child("file").path, b"may be removed\n")
+        folder.store.remove_folder(probe.path, first="file")
     except StorageError as error:
         return [
             Problem(

@@ -27,7 +27,7 @@ from everstep.platform.job.rules import absolute
 from everstep.platform.job.spec import JobSpec
 from everstep.platform.training.task import Task, TaskContext, TaskError
 from everstep.platform.training.task_loader import load_task
-from everstep.platform.training.warm_start import WarmStartRefused, match, tensors_of
+from everstep.platform.training.warm_start import WarmStartRefused, match, some, tensors_of
 from everstep.storage.checkpoint import Checkpoint
 from everstep.storage.errors import StorageError
 
@@ -35,7 +35,6 @@ T = TypeVar("T")
 
 # Errors of tasks start with the field they blame: "args.data: …".
 _BLAMED = re.compile(r"^((?:args|train|task)(?:\.\w+)*): ")
-_NAMES_SHOWN = 5
 
 
 class _Refused(Exception):
@@ -190,7 +189,7 @@ class _Looker:
         lazy = [n for n, p in named.items() if isinstance(p, torch.nn.parameter.UninitializedParameter)]
         if lazy:
             raise self.refuse(
-                "task", "parameters of known shape", "use modules that are not lazy", f"lazy: {_some(lazy)}"
+                "task", "parameters of known shape", "use modules that are not lazy", f"lazy: {some(lazy)}"
             )
         params = {n: p for n, p in named.items() if p.requires_grad}
         if not params:
@@ -202,7 +201,7 @@ class _Looker:
                 "task",
                 "float32 parameters",
                 "build the model in float32: precision is the job's, not the model's",
-                f"of another type: {_some(other)}",
+                f"of another type: {some(other)}",
             )
         if len(params) < len(named):
             self.notes.append(f"{len(named) - len(params)} tensors are frozen (requires_grad is false)")
@@ -233,7 +232,7 @@ class _Looker:
                 "task",
                 "a torch.optim.Optimizer, or a list of them, from optimizer(params)",
                 "return the optimizer",
-                f"optimizer() returned {_some(wrong) or 'an empty list'}",
+                f"optimizer() returned {some(wrong) or 'an empty list'}",
             )
         self._covered(every, params)
         for each in every:
@@ -263,9 +262,9 @@ class _Looker:
         foreign = sum(1 for p in held if id(p) not in known)
         why = ""
         if missing:
-            why = f"in no optimizer: {_some(missing)}"
+            why = f"in no optimizer: {some(missing)}"
         elif twice:
-            why = f"in two optimizers or groups: {_some(twice)}"
+            why = f"in two optimizers or groups: {some(twice)}"
         elif foreign:
             why = f"{foreign} of the optimizer's parameters are not the model's trainable ones"
         if why:
@@ -279,11 +278,6 @@ class _Looker:
 
 def _nbytes(tensors: Any) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
-    return ", ".join(names[:_NAMES_SHOWN]) + more
 
 
 def _traceback(error: BaseException) -> str:

@@ -64,13 +64,15 @@ class _Filled:
 
     def __init__(self, copies: Sequence[Copy], buffers: Sequence[torch.Tensor]) -> None:
         self._by_tensor: dict[tuple[str, str], list[tuple[int, int, torch.Tensor]]] = {}
+        seen: set[Want] = set()
         for copy, buffer in zip(copies, buffers, strict=True):
-            start, stop = copy.start, copy.stop
-            if copy.region is not None:
-                start, stop = copy.region.want.start, copy.region.want.stop
-            found = self._by_tensor.setdefault((copy.name, copy.kind), [])
-            if not any(buffer is other for _, _, other in found):
-                found.append((start, stop, buffer))
+            part: Copy | Want = copy
+            if copy.region is not None:  # all regions of a want are in one buffer
+                part = copy.region.want
+                if part in seen:
+                    continue
+                seen.add(part)
+            self._by_tensor.setdefault((copy.name, copy.kind), []).append((part.start, part.stop, buffer))
         for ranges in self._by_tensor.values():
             ranges.sort(key=lambda item: item[:2])
 

@@ -41,11 +41,11 @@ class Matched:
         """One line for people."""
         parts = [f"initial weights: {len(self.pairs)} tensors of {url}"]
         if self.renamed:
-            parts.append(f"{len(self.renamed)} renamed ({_some([f'{a} -> {b}' for a, b in self.renamed])})")
+            parts.append(f"{len(self.renamed)} renamed ({some([f'{a} -> {b}' for a, b in self.renamed])})")
         if self.missing:
-            parts.append(f"{len(self.missing)} stay as built ({_some(self.missing)})")
+            parts.append(f"{len(self.missing)} stay as built ({some(self.missing)})")
         if self.unused:
-            parts.append(f"{len(self.unused)} of it not used ({_some(self.unused)})")
+            parts.append(f"{len(self.unused)} of it not used ({some(self.unused)})")
         return "; ".join(parts)
 
 
@@ -81,20 +81,20 @@ def match(tensors: Mapping[str, tuple[int, ...]], have: StateIndex, rule: InitFr
             renamed.append((meta.name, name))
     idle = [pattern for pattern, hit in zip(rule.names, used, strict=True) if not hit]
     if idle:
-        raise WarmStartRefused(f"names: {_some(idle)} match no tensor of the checkpoint")
+        raise WarmStartRefused(f"names: {some(idle)} match no tensor of the checkpoint")
     wrong = [
         f"{name}: {list(meta.shape)} in the checkpoint, {list(tensors[name])} in the model"
         for name, meta in sorted(found.items())
         if meta.shape != tensors[name]
     ]
     if wrong:
-        raise WarmStartRefused(f"shapes differ: {_some(wrong)}")
+        raise WarmStartRefused(f"shapes differ: {some(wrong)}")
     missing = sorted(set(tensors) - set(found))
     if not found:
-        raise WarmStartRefused(f"it has none of the model's tensors; it has {_some(unused) or 'no weights'}")
+        raise WarmStartRefused(f"it has none of the model's tensors; it has {some(unused) or 'no weights'}")
     if missing and rule.missing == "error":
         raise WarmStartRefused(
-            f"it has not {_some(missing)}; rename what it has (names), or leave these as built (missing: keep)"
+            f"it has not {some(missing)}; rename what it has (names), or leave these as built (missing: keep)"
         )
     return Matched(tuple(sorted(found.items())), tuple(renamed), tuple(missing), tuple(sorted(unused)))
 
@@ -112,11 +112,11 @@ def load_weights(model: torch.nn.Module, rule: InitFrom) -> Matched:
     checkpoint = Checkpoint.open(rule.url)
     matched = match(tensors_of(model), checkpoint.index, rule)
     targets = dict(_tensors(model))
-    for some in _batches(matched.pairs):
-        buffers = [torch.empty(meta.nbytes, dtype=torch.uint8) for _, meta in some]
-        wants = [Want(meta.name, meta.kind, 0, meta.numel, "model") for _, meta in some]
+    for batch in _batches(matched.pairs):
+        buffers = [torch.empty(meta.nbytes, dtype=torch.uint8) for _, meta in batch]
+        wants = [Want(meta.name, meta.kind, 0, meta.numel, "model") for _, meta in batch]
         checkpoint.load([(want, bytes_of(buffer)) for want, buffer in zip(wants, buffers, strict=True)])
-        for (name, meta), buffer in zip(some, buffers, strict=True):
+        for (name, meta), buffer in zip(batch, buffers, strict=True):
             if meta.numel:
                 values = buffer.view(getattr(torch, meta.dtype)).reshape(meta.shape)
                 with torch.no_grad():
@@ -130,18 +130,19 @@ def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _batches(pairs: Sequence[tuple[str, TensorMeta]]) -> Iterator[list[tuple[str, TensorMeta]]]:
-    some: list[tuple[str, TensorMeta]] = []
+    batch: list[tuple[str, TensorMeta]] = []
     size = 0
     for pair in pairs:
-        if some and size + pair[1].nbytes > _AT_ONCE_BYTES:
-            yield some
-            some, size = [], 0
-        some.append(pair)
+        if batch and size + pair[1].nbytes > _AT_ONCE_BYTES:
+            yield batch
+            batch, size = [], 0
+        batch.append(pair)
         size += pair[1].nbytes
-    if some:
-        yield some
+    if batch:
+        yield batch
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
+    """The first of many names, and how many more there are."""
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + more

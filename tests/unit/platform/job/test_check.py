@@ -18,6 +18,8 @@ from everstep.platform.job.check import (
 from everstep.platform.job.errors import SpecError
 from everstep.platform.job.inspect_task import inspect_task
 from everstep.platform.job.spec import JobSpec
+from everstep.storage.errors import StoreDenied
+from everstep.storage.stores.local import LocalStore
 
 TASKS = '''
 import torch
@@ -324,6 +326,17 @@ def test_a_checkpoint_folder_that_cannot_be_written_is_refused(tmp_path):
     assert problem.fix
     assert checkpoint_folder(spec(checkpoint={"to": "runs"}), tmp_path) == []
     assert list((tmp_path / "runs").iterdir()) == [], "nothing is left of the look"
+
+
+def test_a_store_that_cannot_write_exclusively_is_refused_before_the_start(tmp_path, monkeypatch):
+    """The stores prove it where a folder is claimed; a run claims none itself."""
+
+    def ignores(self, path):
+        raise StoreDenied(f"{path}: this store ignores If-None-Match")
+
+    monkeypatch.setattr(LocalStore, "claim_folder", ignores)
+    (problem,) = checkpoint_folder(spec(checkpoint={"to": "runs"}), tmp_path)
+    assert "ignores If-None-Match" in problem.why
 
 
 def test_task_and_folder_are_refused_in_one_message(folder, tmp_path):
