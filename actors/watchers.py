@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import msgspec
+
 from everstep.collectives import messages as m
 from everstep.collectives.control import Peer
 
@@ -46,6 +48,14 @@ class Watchers:
             watcher.peer.close()
         return watcher
 
+    def leave(self, domain: str) -> Watcher | None:
+        """Ends a watcher that is not needed any more: from now on it is not one of them."""
+        watcher = self._by_domain.pop(domain, None)
+        if watcher is not None:
+            self._domain_of.pop(watcher.peer.ident, None)
+            watcher.peer.send(m.encode(m.ToMembers((), m.Order("end"))))  # it hangs up
+        return watcher
+
     def late(self, now: float, limit_s: float) -> list[Watcher]:
         """Those that have not been heard of for longer than the limit."""
         return [watcher for watcher in self._by_domain.values() if now - watcher.last_beat > limit_s]
@@ -67,6 +77,12 @@ class Watchers:
         if domain in self._by_domain:
             self._by_domain[domain].peer.send(m.encode(m.ToMembers((), message)))
 
+    def tell_slot(self, slot: int, message: m.CoordinatorMessage) -> None:
+        """To all members of a slot's watcher."""
+        for watcher in self._by_domain.values():
+            if watcher.slot == slot and watcher.members:
+                watcher.peer.send(m.encode(m.ToMembers(tuple(sorted(watcher.members)), message)))
+
     def tell_all(self, message: m.CoordinatorMessage) -> None:
         data = m.encode(m.ToMembers((), message))
         for watcher in self._by_domain.values():
@@ -74,11 +90,27 @@ class Watchers:
 
     def tell_members(self, names: Iterable[str], message: m.CoordinatorMessage) -> None:
         """To members, one envelope a domain."""
-        wanted = tuple(names)
+        place = {name: at for at, name in enumerate(names)}
+        data = m.encode(message)
         for watcher in self._by_domain.values():
-            local = tuple(name for name in wanted if name in watcher.members)
+            local = _known(watcher, place)
             if local:
-                watcher.peer.send(m.encode(m.ToMembers(local, message)))
+                watcher.peer.send(m.envelope(local, data))
+
+    def prepare(self, prepare: m.Prepare, domain: str = "") -> None:
+        """To all watchers, or to that of `domain`; each is told of its own members and of those that nobody knows.
+
+        The names of 10,000 members to each of their watchers would be a gigabyte.
+        """
+        place = {name: at for at, name in enumerate(prepare.asked)}
+        locals_ = {watcher.domain: _known(watcher, place) for watcher in self._by_domain.values()}
+        unknown = tuple(
+            sorted(place.keys() - {name for names in locals_.values() for name in names}, key=place.__getitem__)
+        )
+        for watcher in self._by_domain.values():
+            if domain in ("", watcher.domain):
+                asked = (*locals_[watcher.domain], *unknown)
+                watcher.peer.send(m.encode(m.ToMembers((), msgspec.structs.replace(prepare, asked=asked))))
 
     def end(self) -> None:
         """The run is over: every member and every watcher may go."""
@@ -87,3 +119,8 @@ class Watchers:
                 order = m.Order("end", b"the run has ended")
                 watcher.peer.send(m.encode(m.ToMembers(tuple(sorted(watcher.members)), order)))
             watcher.peer.send(m.encode(m.ToMembers((), m.Order("end"))))
+
+
+def _known(watcher: Watcher, place: dict[str, int]) -> tuple[str, ...]:
+    """Those of `place` that speak through the watcher, in their order. It has a few, `place` may have thousands."""
+    return tuple(sorted((name for name in watcher.members if name in place), key=place.__getitem__))

@@ -8,14 +8,16 @@
     Gathering  Inventoried, Stocked      Leveling through Choose/Chosen, when all that was asked has answered
     Gathering  Chosen behind the floor   unchanged while watchers are missing, for `patience_s`; Leveling
     Gathering  Unchoosable               the same, then Ended; at once where no watcher is missing
-    any        WatcherUp, WatcherLost    unchanged; a Gathering asks again, or goes on without that stock
+    any        WatcherUp, WatcherLost    unchanged; a Gathering asks it too, or goes on without that stock
     Leveling   Levelled (all)            Active
     Active     Voted (all)               Active next step; Gathering where the wanted members differ; Ended
     any        Died of a member          Gathering of the survivors; Waiting below the minimum
     any        Died of an outsider       unchanged
     any        Complained                unchanged; Gathering of the same members if the view still stands after a
                                          grace: both ends of the link live, so new connections are made
+    Waiting    Roused                    Gathering of those who are ready, the minimum or more, without patience
     any        Retarget                  unchanged; takes effect at the next step boundary
+    any        Unwanted                  the same: members that are to leave give way in order
     any        Finish                    Ended
 
 [Note: two rounds] A Gathering first quiesces its members (their Inventory comes after their last write), then
@@ -27,106 +29,53 @@ from __future__ import annotations
 from dataclasses import replace
 
 from everstep.collectives.errors import InvalidTransition
+from everstep.collectives.growing import grown
 from everstep.collectives.membership_state import (
-    Active as Active,
-)
-from everstep.collectives.membership_state import (
-    Choose as Choose,
-)
-from everstep.collectives.membership_state import (
-    Chosen as Chosen,
-)
-from everstep.collectives.membership_state import (
-    Command as Command,
-)
-from everstep.collectives.membership_state import (
-    Complained as Complained,
-)
-from everstep.collectives.membership_state import (
-    Decision as Decision,
-)
-from everstep.collectives.membership_state import (
-    Ended as Ended,
-)
-from everstep.collectives.membership_state import (
-    Event as Event,
-)
-from everstep.collectives.membership_state import (
-    Fail as Fail,
-)
-from everstep.collectives.membership_state import (
-    Finish as Finish,
-)
-from everstep.collectives.membership_state import (
-    Gathering as Gathering,
-)
-from everstep.collectives.membership_state import (
-    Inventoried as Inventoried,
-)
-from everstep.collectives.membership_state import (
-    Joined as Joined,
-)
-from everstep.collectives.membership_state import (
-    Judge as Judge,
-)
-from everstep.collectives.membership_state import (
-    Judged as Judged,
-)
-from everstep.collectives.membership_state import (
-    Leveling as Leveling,
-)
-from everstep.collectives.membership_state import (
-    Levelled as Levelled,
-)
-from everstep.collectives.membership_state import (
-    MemberDied as MemberDied,
-)
-from everstep.collectives.membership_state import (
-    Phase as Phase,
-)
-from everstep.collectives.membership_state import (
-    Refuse as Refuse,
-)
-from everstep.collectives.membership_state import (
-    Retarget as Retarget,
-)
-from everstep.collectives.membership_state import (
-    SendGo as SendGo,
-)
-from everstep.collectives.membership_state import (
-    SendPrepare as SendPrepare,
-)
-from everstep.collectives.membership_state import (
-    SendVerdict as SendVerdict,
-)
-from everstep.collectives.membership_state import (
-    SendView as SendView,
-)
-from everstep.collectives.membership_state import (
-    State as State,
-)
-from everstep.collectives.membership_state import (
-    Stocked as Stocked,
-)
-from everstep.collectives.membership_state import (
-    Tick as Tick,
-)
-from everstep.collectives.membership_state import (
-    Unchoosable as Unchoosable,
-)
-from everstep.collectives.membership_state import (
-    Voted as Voted,
-)
-from everstep.collectives.membership_state import (
-    Waiting as Waiting,
-)
-from everstep.collectives.membership_state import (
-    WatcherLost as WatcherLost,
-)
-from everstep.collectives.membership_state import (
-    WatcherUp as WatcherUp,
+    Active,
+    Choose,
+    Chosen,
+    Command,
+    Complained,
+    Decision,
+    Ended,
+    Event,
+    Fail,
+    Finish,
+    Gathering,
+    Inventoried,
+    Joined,
+    Judge,
+    Judged,
+    Leveling,
+    Levelled,
+    MemberDied,
+    Phase,
+    Refuse,
+    Retarget,
+    Roused,
+    SendGo,
+    SendPrepare,
+    SendVerdict,
+    SendView,
+    State,
+    Stocked,
+    Tick,
+    Unchoosable,
+    Unwanted,
+    Voted,
+    Waiting,
+    WatcherLost,
+    WatcherUp,
 )
 from everstep.collectives.messages import Lost, Member, Prepare, View, ViewId
+
+__all__ = [
+    "COMPLAINT_GRACE_S", "Active", "Choose", "Chosen", "Command", "Complained", "Decision", "Ended", "Event",
+    "Fail", "Finish", "Gathering", "InvalidTransition", "Inventoried", "Joined", "Judge", "Judged", "Leveling",
+    "Levelled", "MemberDied", "Phase", "Refuse", "Retarget", "Roused", "SendGo", "SendPrepare", "SendVerdict",
+    "SendView", "State", "Stocked", "Tick", "Unchoosable", "Unwanted", "Voted", "Waiting", "WatcherLost", "WatcherUp",
+    "current_members", "decide", "initial", "wanted_members",
+]  # fmt: skip
 
 _KEPT_EVENTS = 16
 COMPLAINT_GRACE_S = 1.0  # a death is reported within milliseconds of the broken connections it causes
@@ -139,9 +88,11 @@ def initial(
     now: float,
     patience_s: float = 30.0,
     missing: frozenset[str] = frozenset(),
+    floor: int | None = None,
 ) -> State:
-    """`missing`: domains that may hold state of earlier epochs and have not reported to this one yet."""
-    return State(epoch, minimum, target, Waiting(now), missing=missing, patience_s=patience_s)
+    """`missing`: domains that may hold state of earlier epochs and have not reported to this one yet. `floor`: newest
+    step that an earlier epoch is known to have protected."""
+    return State(epoch, minimum, target, Waiting(now), missing=missing, floor=floor, patience_s=patience_s)
 
 
 def decide(state: State, event: Event, now: float) -> Decision:
@@ -150,7 +101,9 @@ def decide(state: State, event: Event, now: float) -> Decision:
         *state.recent[-_KEPT_EVENTS:],
         f"{now:.3f} {type(state.phase).__name__} <- {type(event).__name__}",
     )
-    state = replace(state, recent=recent)
+    # What a step brings changes nobody's wish for other members, so it is not looked into again at each verdict.
+    steady = state.steady and isinstance(event, Voted | Judged | Tick)
+    state = replace(state, recent=recent, steady=steady)
     if isinstance(state.phase, Ended):
         return state, (), "the run has ended"
     match event:
@@ -160,8 +113,8 @@ def decide(state: State, event: Event, now: float) -> Decision:
             return _died(state, event, now)
         case WatcherUp(domain):
             return _watcher_up(state, domain)
-        case WatcherLost(domain):
-            return _watcher_lost(state, domain)
+        case WatcherLost(domain, planned):
+            return _watcher_lost(state, domain, planned)
         case Inventoried():
             return _inventoried(state, event)
         case Stocked():
@@ -180,6 +133,13 @@ def decide(state: State, event: Event, now: float) -> Decision:
             return _complained(state, name, id, f"{name} lost its connection to {about}: {error}", now)
         case Retarget(ranks):
             return _start_if_enough(replace(state, target=ranks), now, f"target is {ranks} ranks")
+        case Roused():
+            # A view was there before: from now on nobody waits for the target.
+            return _start_if_enough(
+                replace(state, number=max(state.number, 1)), now, "those who are left have reported"
+            )
+        case Unwanted(unwanted, leaving):
+            return replace(state, unwanted=unwanted, leaving=leaving), (), "who is to leave has changed"
         case Finish(reason, ok):
             return replace(state, phase=Ended(reason, ok)), (), reason
         case Tick():
@@ -198,10 +158,17 @@ def current_members(state: State) -> tuple[Member, ...]:
 
 
 def wanted_members(state: State) -> tuple[Member, ...]:
-    """The view to have at the next boundary: present members first, then the ready ones, by slot."""
-    present = {member.name for member in current_members(state)}
-    order = sorted(state.ready.values(), key=lambda m: (m.name not in present, m.slot, m.name))
-    return tuple(sorted(order[: state.target], key=lambda m: (m.slot, m.name)))
+    """The view to have at the next boundary: present members first, then the ready ones, by slot; who is to leave
+    comes after all others, and not at all where its time is up, unless the minimum needs it.
+    """
+    present, last = {member.name for member in current_members(state)}, state.unwanted | state.leaving
+    order = sorted(
+        state.ready.values(),
+        key=lambda m: (m.name in state.leaving, m.name in last, m.name not in present, m.slot, m.name),
+    )
+    staying = sum(member.name not in state.leaving for member in order)
+    count = min(state.target, max(staying, state.minimum))
+    return tuple(sorted(order[:count], key=lambda m: (m.slot, m.name)))
 
 
 def _active_id(state: State) -> ViewId | None:
@@ -219,7 +186,7 @@ def _active_id(state: State) -> ViewId | None:
 def _joined(state: State, member: Member, now: float) -> Decision:
     if member.name in state.unfenced or any(lost.name == member.name for lost in state.lost):
         return state, (Refuse(member.name, "it was declared dead"),), f"{member.name} was declared dead"
-    state = replace(state, ready={**state.ready, member.name: member})
+    state = replace(state, ready=grown(state.ready, member.name, member))
     return _start_if_enough(state, now, f"{member.name} is ready")
 
 
@@ -323,13 +290,14 @@ def _watcher_up(state: State, domain: str) -> Decision:
     prepare = Prepare(phase.id, tuple(sorted(phase.asked)), state.unfenced, state.lost)
     return (
         replace(state, phase=phase),
-        (SendPrepare(prepare),),
+        (SendPrepare(prepare, domain),),
         f"watcher of {domain} is back while gathering",
     )
 
 
-def _watcher_lost(state: State, domain: str) -> Decision:
-    state = replace(state, watchers=state.watchers - {domain}, missing=state.missing | {domain})
+def _watcher_lost(state: State, domain: str, planned: bool) -> Decision:
+    missing = state.missing if planned else state.missing | {domain}
+    state = replace(state, watchers=state.watchers - {domain}, missing=missing)
     phase = state.phase
     if isinstance(phase, Gathering) and domain in phase.watchers:
         stocks = {d: payload for d, payload in phase.stocks.items() if d != domain}
@@ -345,7 +313,7 @@ def _inventoried(state: State, event: Inventoried) -> Decision:
     phase = state.phase
     if not isinstance(phase, Gathering) or event.id != phase.id or event.name not in phase.asked:
         return state, (), f"stale inventory of {event.name} for {event.id}"
-    phase = replace(phase, inventories={**phase.inventories, event.name: event.payload})
+    phase = replace(phase, inventories=grown(phase.inventories, event.name, event.payload))
     return _choose_if_complete(replace(state, phase=phase), f"inventory of {event.name}")
 
 
@@ -355,14 +323,15 @@ def _stocked(state: State, event: Stocked) -> Decision:
     phase = state.phase
     if not isinstance(phase, Gathering) or event.id != phase.id or event.domain not in phase.watchers:
         return state, (), f"stale stock of {event.domain} for {event.id}"
-    phase = replace(phase, stocks={**phase.stocks, event.domain: event.payload})
+    phase = replace(phase, stocks=grown(phase.stocks, event.domain, event.payload))
     return _choose_if_complete(replace(state, phase=phase), f"stock of {event.domain}")
 
 
 def _choose_if_complete(state: State, reason: str) -> Decision:
     phase = state.phase
     assert isinstance(phase, Gathering)
-    if set(phase.inventories) >= phase.asked and set(phase.stocks) >= phase.watchers:
+    # Only what was asked for is kept, so it is enough to count.
+    if len(phase.inventories) == len(phase.asked) and len(phase.stocks) == len(phase.watchers):
         return (
             state,
             (Choose(phase.id, phase.members, phase.inventories, phase.stocks),),
@@ -387,7 +356,7 @@ def _chosen(state: State, event: Chosen, now: float) -> Decision:
     state = replace(state, floor=floor)
     view = View(event.id, phase.members, event.base_step, event.payload)
     return (
-        replace(state, phase=Leveling(view)),
+        replace(state, phase=Leveling(view, frozenset(m.name for m in view.members))),
         (SendView(view),),
         f"view {event.id} starts from step {event.base_step}",
     )
@@ -407,9 +376,10 @@ def _levelled(state: State, event: Levelled) -> Decision:
     phase = state.phase
     if not isinstance(phase, Leveling) or event.id != phase.view.id:
         return state, (), f"stale level of {event.name} for {event.id}"
-    level = phase.level | {event.name}
-    view = phase.view
-    if level < {m.name for m in view.members}:
+    if event.name not in phase.awaited:
+        return state, (), f"{event.name} is not in view {event.id}"
+    level, view = grown(phase.level, event.name, None), phase.view
+    if len(level) < len(view.members):
         return replace(state, phase=replace(phase, level=level)), (), f"{event.name} is level"
     lost, state = state.lost, replace(state, lost=(), phase=Active(view, view.base_step + 1))
     return state, (SendGo(view, lost),), f"view {view.id} acts, next step {view.base_step + 1}"
@@ -424,7 +394,7 @@ def _voted(state: State, event: Voted) -> Decision:
         return state, (), f"stale vote of {event.name} for {event.id}"
     if event.step != phase.step:
         raise InvalidTransition(f"{event.name} voted on step {event.step}, the view is at {phase.step}", state.recent)
-    votes = {**phase.votes, event.name: event.payload}
+    votes = grown(phase.votes, event.name, event.payload)
     state = replace(state, phase=replace(phase, votes=votes))
     if len(votes) == len(phase.view.members):
         return state, (Judge(phase.view, phase.step, votes),), f"all have voted on step {event.step}"
@@ -439,9 +409,10 @@ def _judged(state: State, event: Judged, now: float) -> Decision:
     if event.finished:
         send = SendVerdict(phase.view, event.step, event.payload, reform=False)
         return replace(state, phase=Ended("finished", ok=True)), (send,), "finished"
-    wanted = wanted_members(state)
+    wanted = phase.view.members if state.steady else wanted_members(state)
     reform = len(wanted) >= state.minimum and {m.name for m in wanted} != {m.name for m in phase.view.members}
     send = SendVerdict(phase.view, event.step, event.payload, reform)
+    state = replace(state, steady=not reform)
     if reform:
         next_state, commands, reason = _gather(
             state, wanted, now, f"step {event.step} is decided, membership changes"

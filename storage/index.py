@@ -288,8 +288,9 @@ def merge(*indices: StateIndex) -> StateIndex:
     if len(steps) > 1:
         raise IndexMismatch(f"indices of different steps: {', '.join(map(str, steps))}")
     metas: dict[TensorKey, TensorMeta] = {}
-    for index in indices:
-        for meta in index.tensors:
+    # Whose lists are one object agree: 10,000 domains list the same tensors.
+    for tensors in {id(index.tensors): index.tensors for index in indices}.values():
+        for meta in tensors:
             known = metas.setdefault(meta.key, meta)
             if known != meta:
                 raise IndexMismatch(
@@ -306,11 +307,7 @@ def merge(*indices: StateIndex) -> StateIndex:
 
 
 def _order(f: Fragment) -> tuple[object, ...]:
-    source = f.source
-    return (
-        f.name, f.kind, f.start, f.stop, source.kind, source.holder, source.locator, f.offset, f.checksum,
-        f.box, f.strides,
-    )  # fmt: skip
+    return (f.name, f.kind, f.start, f.stop, f.source, f.offset, f.checksum, f.box, f.strides)
 
 
 def _version_told(data: bytes | memoryview) -> str:

@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 import msgspec
 
 from everstep.collectives.messages import Member
+from everstep.platform.cluster import chronicle as ch
 from everstep.platform.cluster import interval as iv
 from everstep.platform.cluster import saving as sv
 from everstep.platform.job.spec import Fault, JobSpec
-from everstep.platform.training.messages import Inventory, LiveFault, Stock, Verdict, ViewPlan, Vote
+from everstep.platform.training.messages import Inventory, LiveFault, StockReader, Verdict, ViewPlan, Vote
 from everstep.platform.training.protection import parity_plan
 from everstep.platform.training.recovery import Choice, choose
 from everstep.platform.training.verdict import Progress, Rules, average, judge_step
@@ -80,12 +81,41 @@ class Desk:
         if self.resume.step >= self.spec.steps:
             self.last_step = self.resume.step
 
+    def go_on(self, known: ch.Chronicle) -> None:
+        """What the supervisor before this one had decided and was asked."""
+        standing = known.standing
+        self.fired, self.stop_reason, self.last_step = set(standing.fired), standing.stop_reason, standing.last_step
+        self._progress_at |= {step: Progress(row) for step, row in known.rows.items()}
+        self.progress = self._progress_at.get(known.account.step, self.progress)
+        # Whatever was being written is nobody's any more, and pauses were by another clock.
+        saving = standing.saving
+        lost = bool(saving.writing or saving.written)
+        self.saving = msgspec.structs.replace(
+            saving, writing=(), written=(), due=saving.due or lost, not_before_s=0.0, good_at_s=0.0
+        )
+
+    def heard(self, step: int, verdict: Verdict) -> None:
+        """A verdict of the supervisor before this one, which its books do not have."""
+        skipped = verdict.outcome == "skip"
+        self.progress = Progress(self.progress.nonfinite_in_a_row + 1 if skipped else 0)
+        self._progress_at[step] = self.progress
+        if verdict.last:
+            self.last_step = step
+
+    def row(self, step: int) -> int:
+        """Steps in a row up to `step` that were not finite."""
+        return self._progress_at.get(step, self.progress).nonfinite_in_a_row
+
+    def rows(self) -> dict[int, int]:
+        return {step: progress.nonfinite_in_a_row for step, progress in self._progress_at.items()}
+
     def choose(
         self, members: tuple[Member, ...], inventories: Mapping[str, bytes], stocks: Mapping[str, bytes]
     ) -> Choice:
         """Raises recovery.Lost."""
         decoded = {name: msgspec.msgpack.decode(data, type=Inventory) for name, data in inventories.items()}
-        held = {domain: msgspec.msgpack.decode(data, type=Stock) for domain, data in stocks.items()}
+        read = StockReader().read
+        held = {domain: read(data) for domain, data in stocks.items()}
         names = [m.name for m in members]
         self.sealed = {}
         for domain, stock in held.items():

@@ -17,6 +17,7 @@ MIN_BLOCK = 4096  # sums of 4,096 elements were seen not to depend on pointer al
 MAX_BLOCKS = 16384  # a vote carries one float64 a block: at most 128 KiB
 
 Run = tuple[int, int]  # [start, stop) in the flat space
+Row = tuple[int, int, int]  # (first, size, count): units of one size, one behind the other
 
 
 def aligned(n: int) -> int:
@@ -101,6 +102,11 @@ class FlatLayout:
             units += [(a, b) for a, b in zip(cuts, [*cuts[1:], end], strict=True) if b > a]
         return tuple(units)
 
+    @cached_property
+    def rows(self) -> tuple[Row, ...]:
+        """The units as they travel."""
+        return rows_of(self.units)
+
     def pieces(self, runs: Sequence[Run]) -> list[Piece]:
         """The parts of tensors inside `runs`, without padding, in flat order."""
         found = []
@@ -122,6 +128,22 @@ class FlatLayout:
     def norm_blocks(self, piece: Piece) -> list[Run]:
         """The norm blocks of a piece, as [start, stop) inside the tensor; pieces are cut on block boundaries."""
         return [(a, min(a + self.block, piece.stop)) for a in range(piece.start, piece.stop, self.block)]
+
+
+def rows_of(units: Sequence[Run]) -> tuple[Row, ...]:
+    """The same units in few words: a tensor of 16,384 blocks is one row, not 160 KB in every rank's inventory."""
+    rows: list[list[int]] = []
+    for start, stop in units:
+        if rows and stop - start == rows[-1][1] and start == rows[-1][0] + rows[-1][1] * rows[-1][2]:
+            rows[-1][2] += 1
+        else:
+            rows.append([start, stop - start, 1])
+    return tuple((first, size, count) for first, size, count in rows)
+
+
+def units_in(rows: Iterable[Row]) -> tuple[Run, ...]:
+    """The inverse of `rows_of`."""
+    return tuple((first + size * i, first + size * (i + 1)) for first, size, count in rows for i in range(count))
 
 
 def merge_runs(runs: Iterable[Run]) -> tuple[Run, ...]:

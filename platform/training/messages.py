@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
-from everstep.platform.training.layout import Run
-from everstep.storage.index import StateIndex
+from everstep.platform.training.layout import Row, Run
+from everstep.storage.index import Fragment, StateIndex, TensorMeta
 from everstep.storage.parity import ParityIndex
 
 
@@ -18,7 +18,7 @@ class Inventory(msgspec.Struct, frozen=True):
     step: int
     held: tuple[Run, ...]
     live: StateIndex | None
-    units: tuple[Run, ...] = ()  # of the model's layout; every rank sends the same
+    units: tuple[Row, ...] = ()  # of the model's layout (`rows_of`); every rank sends the same
     mirrored: tuple[Run, ...] = ()  # the part of `held` that another rank owned
     damaged: tuple[tuple[str, str], ...] = ()  # (domain, locator) whose bytes do not match their checksums
 
@@ -45,6 +45,52 @@ class Stock(msgspec.Struct, frozen=True):
 
     versions: tuple[SealedVersion, ...] = ()
     parities: tuple[ParityVersion, ...] = ()
+
+
+class _RawIndex(msgspec.Struct, frozen=True):
+    step: int
+    tensors: msgspec.Raw
+    fragments: tuple[Fragment, ...]
+
+
+class _RawVersion(msgspec.Struct, frozen=True):
+    view: tuple[int, int]
+    locator: str
+    index: _RawIndex
+
+
+class _RawStock(msgspec.Struct, frozen=True):
+    versions: tuple[_RawVersion, ...] = ()
+    parities: tuple[ParityVersion, ...] = ()
+
+
+class StockReader:
+    """Decodes the stocks of a choice. Every version lists all tensors of the state, the same ones: they are read
+    once, and the indices share them, so that `merge` sees at once that they agree.
+    """
+
+    def __init__(self) -> None:
+        self._decode = msgspec.msgpack.Decoder(_RawStock).decode
+        self._tensors = msgspec.msgpack.Decoder(tuple[TensorMeta, ...]).decode
+        self._known: list[tuple[bytes, tuple[TensorMeta, ...]]] = []
+
+    def read(self, data: bytes) -> Stock:
+        """Raises msgspec.ValidationError."""
+        stock = self._decode(data)
+        versions = [
+            SealedVersion(v.view, v.locator, StateIndex(v.index.step, self._list(v.index.tensors), v.index.fragments))
+            for v in stock.versions
+        ]
+        return Stock(tuple(versions), stock.parities)
+
+    def _list(self, raw: msgspec.Raw) -> tuple[TensorMeta, ...]:
+        data = bytes(raw)
+        for known, tensors in self._known:
+            if known == data:
+                return tensors
+        tensors = self._tensors(data)
+        self._known.append((data, tensors))
+        return tensors
 
 
 class ParityPlan(msgspec.Struct, frozen=True):

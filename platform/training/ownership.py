@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from itertools import chain
 
 from everstep.platform.training.layout import Run, intersect, merge_runs, subtract, total_of
 
@@ -31,32 +32,36 @@ def assign(units: Sequence[Run], ranks: int, held: Sequence[Sequence[Run]] = ())
     assert ranks > 0, "a view has at least one rank"
     sizes = [stop - start for start, stop in units]
     total = to_share = sum(sizes)
-    mine = [_inside(units, merge_runs(runs)) for runs in held[:ranks]]
+    starts = [start for start, _ in units]
+    mine = [_inside(units, starts, merge_runs(runs)) for runs in held[:ranks]]
     owner: list[int | None] = [None] * len(units)
     load = [0] * ranks
     # Ranks whose load is final, because one more unit would be too much, leave a smaller share to the others.
-    open_ranks = list(range(ranks))
+    still_open, closed = ranks, [False] * ranks
 
     def take(rank: int, index: int) -> None:
         owner[index] = rank
         load[rank] += sizes[index]
 
-    if any(0 < len(indices) < len(units) for indices in mine):
-        for rank, indices in enumerate(mine):
-            for index in indices:
+    if any(0 < sum(map(len, spans)) < len(units) for spans in mine):
+        for rank, spans in enumerate(mine):
+            for index in chain.from_iterable(spans):
+                if load[rank] * ranks >= total:
+                    break
                 if owner[index] is None and (load[rank] + sizes[index]) * ranks <= total:
                     take(rank, index)
         # What does not divide evenly stays, one unit a rank, with those who have it.
-        for rank, indices in enumerate(mine):
-            more = next((index for index in indices if owner[index] is None), None)
-            if more is None or len(open_ranks) == 1:
+        for rank, spans in enumerate(mine):
+            more = next((index for index in chain.from_iterable(spans) if owner[index] is None), None)
+            if more is None or still_open == 1:
                 continue
             rest = to_share - load[rank] - sizes[more]
-            if load[rank] * (len(open_ranks) - 1) <= rest:
+            if load[rank] * (still_open - 1) <= rest:
                 take(rank, more)
-                open_ranks.remove(rank)
+                closed[rank] = True
+                still_open -= 1
                 to_share = rest
-    _fill(units, owner, load, open_ranks, to_share)
+    _fill(units, owner, load, [rank for rank in range(ranks) if not closed[rank]], to_share)
     owned: list[list[Run]] = [[] for _ in range(ranks)]
     for unit, rank_of_unit in zip(units, owner, strict=True):
         assert rank_of_unit is not None
@@ -86,14 +91,18 @@ def _fill(
         position += stop - start
 
 
-def _inside(units: Sequence[Run], runs: Sequence[Run]) -> list[int]:
-    """Positions of the units that lie wholly inside `runs`; both are sorted."""
-    found, at = [], 0
-    for index, (start, stop) in enumerate(units):
-        while at < len(runs) and runs[at][1] <= start:
-            at += 1
-        if at < len(runs) and runs[at][0] <= start and stop <= runs[at][1]:
-            found.append(index)
+def _inside(units: Sequence[Run], starts: Sequence[int], runs: Sequence[Run]) -> list[range]:
+    """Positions of the units that lie wholly inside `runs`; both are sorted, `starts` are those of the units.
+
+    By search: 10,000 ranks hold one or two of 16,384 units each.
+    """
+    found = []
+    for start, stop in runs:
+        first, last = bisect_left(starts, start), bisect_left(starts, stop)
+        if last > first and units[last - 1][1] > stop:
+            last -= 1
+        if last > first:
+            found.append(range(first, last))
     return found
 
 

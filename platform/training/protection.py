@@ -23,7 +23,7 @@ MAX_MEMBERS = 8
 def parity_plan(domains: Sequence[str], parity: int) -> ParityPlan:
     """`domains[r]`: what rank r dies with. Groups of ranks of different domains, each with the parity it can carry.
 
-    Ranks that stand in no group have none: where one domain has more ranks than any other, or is alone.
+    Ranks that stand in no group have none: where one domain has more than half of all ranks, or is alone.
     """
     by_domain: dict[str, list[int]] = {}
     for rank, domain in enumerate(domains):
@@ -34,6 +34,12 @@ def parity_plan(domains: Sequence[str], parity: int) -> ParityPlan:
         count = -(-len(ranks) // MAX_MEMBERS)
         cuts = [len(ranks) * i // count for i in range(count + 1)]
         groups += [tuple(ranks[a:b]) for a, b in pairwise(cuts) if b - a > 1]
+    if sum(map(len, groups)) < len(domains):  # layers are uneven, two ranks on one node and one on each other: deal
+        largest = max(map(len, by_domain.values()))
+        count = max(largest, -(-len(domains) // MAX_MEMBERS))
+        order = [rank for members in sorted(by_domain.values(), key=len, reverse=True) for rank in members]
+        dealt = [tuple(sorted(order[start::count])) for start in range(count)]
+        groups = sorted(group for group in dealt if len(group) > 1)
     if not parity:
         return ParityPlan((), ())
     return ParityPlan(tuple(groups), tuple(min(parity, len(group) - 1) for group in groups))

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from everstep.platform.training.layout import Run
+from everstep.platform.training.layout import Run, units_in
 from everstep.platform.training.messages import Inventory, Rebuild, Stock
 from everstep.platform.training.ownership import assign, assign_arcs, shadows
 from everstep.platform.training.protection import rebuilds
@@ -60,7 +60,7 @@ def choose(
     if checkpoint is not None:
         by_step.setdefault(checkpoint.step, []).append(checkpoint)
     held = [inventories[name].held for name in ranks]
-    units = next(inventories[name].units for name in ranks)
+    units = units_in(next(inventories[name].units for name in ranks))
     if shadow:
         owned = assign_arcs(units, held, [inventories[name].mirrored for name in ranks])
         shadowed = shadows(owned)

@@ -426,7 +426,7 @@ class Session:
                 conductor.snapshot(state, lambda: None, state.own, wait=True)
                 if state.mirrored:
                     conductor.seal_mirror(state)
-        return Inventory(state.stamp, state.held, None, state.layout.units, state.mirrored)
+        return Inventory(state.stamp, state.held, None, state.layout.rows, state.mirrored)
 
     def _stand(self, error: CollectiveError) -> None:
         self._attempt = None

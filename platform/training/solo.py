@@ -12,7 +12,7 @@ import torch
 
 from everstep.collectives.errors import CollectiveError
 from everstep.platform.training.conductor import RunOver, Seat
-from everstep.platform.training.layout import Run, merge_runs
+from everstep.platform.training.layout import Run, merge_runs, units_in
 from everstep.platform.training.messages import Inventory, Verdict, ViewPlan, Vote
 from everstep.platform.training.verdict import Progress, Rules, judge_step
 from everstep.storage.planner import Copy
@@ -37,7 +37,7 @@ class Solo:
 
     def take_seat(self, inventory: Callable[[], Inventory]) -> Seat:
         offer = inventory()
-        plan = ViewPlan((merge_runs(offer.units),), None)
+        plan = ViewPlan((merge_runs(units_in(offer.units)),), None)
         return Seat("0.1", 0, 0, plan, None, (self.name,))
 
     def fetch(self, seat: Seat, copies: list[tuple[Copy, memoryview]]) -> None:

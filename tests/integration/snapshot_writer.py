@@ -17,7 +17,7 @@ from everstep.actors.config import RankConfig
 from everstep.actors.rank_conductor import RankConductor
 from everstep.collectives.errors import CollectiveError
 from everstep.platform.training.conductor import RunOver
-from everstep.platform.training.layout import Run, intersect
+from everstep.platform.training.layout import Run, intersect, rows_of
 from everstep.platform.training.messages import Inventory, Vote
 from everstep.platform.training.restore import restore
 from everstep.platform.training.shard import TORN, Place, RankState
@@ -134,7 +134,7 @@ def _take_part(conductor: RankConductor, state: State) -> None:
     def inventory() -> Inventory:
         if state.stamp != TORN and state.held:
             conductor.snapshot(rank_state, lambda: None, state.own, wait=True)
-        return Inventory(state.stamp, state.held, None, UNITS)
+        return Inventory(state.stamp, state.held, None, rows_of(UNITS))
 
     seat = conductor.take_seat(inventory)
     restore(rank_state, list(seat.plan.owned[seat.rank]), seat, conductor)

@@ -22,6 +22,7 @@ from everstep.collectives.mesh import Mesh
 from everstep.collectives.messages import Member, View, ViewId
 from everstep.collectives.transport.listener import Listener
 from everstep.platform.training.conductor import Seat
+from everstep.platform.training.layout import units_in
 from everstep.platform.training.messages import Inventory, Verdict, ViewPlan, Vote
 from everstep.platform.training.ownership import assign
 from everstep.platform.training.solo import Solo
@@ -189,7 +190,7 @@ class Seated(Solo):
         self._meeting, self._view, self._rank, self._mesh = meeting, view, rank, mesh
 
     def take_seat(self, inventory: Callable[[], Inventory]) -> Seat:
-        plan = ViewPlan(assign(inventory().units, len(self._view.members)), None)
+        plan = ViewPlan(assign(units_in(inventory().units), len(self._view.members)), None)
         names = tuple(member.name for member in self._view.members)
         return Seat(str(self._view.id), self._rank, 0, plan, Members(self._mesh), names)
 

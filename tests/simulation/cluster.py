@@ -31,6 +31,8 @@ class Outcome:
     faults: dict[str, int]
     views: int
     epochs: int
+    half_told: int
+    woken_late: int
 
 
 class Failed(AssertionError):
@@ -52,7 +54,9 @@ class Seat:
 
 
 class Cluster:
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, in_doubt: bool = True) -> None:
+        """`in_doubt` False: without what was added with verdicts in doubt, as older seeds were drawn."""
+        self.in_doubt = in_doubt
         self.world = World(seed)
         rng = self.rng = self.world.rng
         slots = rng.randint(2, 6)
@@ -67,6 +71,8 @@ class Cluster:
         self.directory = Directory()
         self.seats = [Seat(slot) for slot in range(slots)]
         self.faults: dict[str, int] = {}
+        self.half_told = 0  # verdicts of which a part was out when their coordinator was struck
+        self.woken_late = 0  # coordinators that woke up when they had a successor
         self.world.log("seed %d: %d slots, %s", seed, slots, self.job)
 
     def run(self) -> None:
@@ -133,6 +139,8 @@ class Cluster:
             (self._kill_coordinator, 2),
             (self._replace_coordinator, 1),
             (self._freeze_coordinator, 1),
+            (self._kill_coordinator_in_verdict, 1 if self.in_doubt else 0),
+            (self._freeze_coordinator_in_verdict, 1 if self.in_doubt else 0),
             (self._cut_from_head, 2),
             (self._cut_peers, 1),
             (self._break_stream, 2),
@@ -211,7 +219,39 @@ class Cluster:
         coordinator.freeze()
         if self.rng.random() < 0.5:
             self._later(self.rng.uniform(0.2, 1.5), self._start_coordinator)
-        self._later(self.rng.uniform(0.1, 3.0), coordinator.wake)
+        self._later(self.rng.uniform(0.1, 3.0), lambda: self._wake_late(coordinator))
+
+    def _kill_coordinator_in_verdict(self) -> None:
+        """Some members have the verdict, the others never get it: a successor finds the step in doubt."""
+        coordinator = self.directory.coordinator
+        if coordinator is None or coordinator.dead:
+            return
+
+        def strike() -> None:
+            coordinator.die("signal 9 within a verdict")
+            self.half_told += 1
+            if self.directory.coordinator is coordinator:
+                self._later(self.rng.uniform(0.05, 1.0), self._start_coordinator)
+
+        coordinator.doubt = strike
+
+    def _freeze_coordinator_in_verdict(self) -> None:
+        """The same, and what it had still to say it says when it is woken, mostly after its successor has begun."""
+        coordinator = self.directory.coordinator
+        if coordinator is None or coordinator.dead:
+            return
+
+        def strike() -> None:
+            coordinator.freeze()
+            self.half_told += 1
+            self._later(self.rng.uniform(0.05, 1.0), self._start_coordinator)
+            self._later(self.rng.uniform(0.05, 3.0), lambda: self._wake_late(coordinator))
+
+        coordinator.doubt = strike
+
+    def _wake_late(self, coordinator: Coordinator) -> None:
+        self.woken_late += coordinator is not self.directory.coordinator and not coordinator.dead
+        coordinator.wake()
 
     def _cut_from_head(self) -> None:
         head, found = self.directory.coordinator, self._any_watched()
@@ -230,7 +270,11 @@ class Cluster:
     def _break_stream(self) -> None:
         trainer = self._any_trainer()
         if trainer is not None and trainer.connections:
-            self.rng.choice(trainer.connections).close(trainer)
+            connection = self.rng.choice(trainer.connections)
+            if self.in_doubt:
+                trainer.break_stream(connection)
+            else:
+                connection.close(trainer)
 
     def _scale(self) -> None:
         self.job.target = self.rng.randint(self.job.minimum, len(self.seats))
@@ -244,9 +288,9 @@ class Cluster:
         self.referee.memory_lost({trainer.name for trainer in seat.local})
 
 
-def simulate(seed: int) -> Outcome:
+def simulate(seed: int, in_doubt: bool = True) -> Outcome:
     """Raises Failed with the seed and the event log."""
-    cluster = Cluster(seed)
+    cluster = Cluster(seed, in_doubt)
     try:
         cluster.run()
     except Exception as error:
@@ -260,4 +304,6 @@ def simulate(seed: int) -> Outcome:
         cluster.faults,
         referee.acting.number,
         referee.acting.epoch,
+        cluster.half_told,
+        cluster.woken_late,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,6 +80,7 @@ class Coordinator(Process):
         self._gave_up = False  # on watchers that may still hold something
         self._last_tick_s = world.now
         self._announced: ViewId | None = None
+        self.doubt: Callable[[], None] | None = None  # strikes when a part of a verdict is out
         self.after(TICK_S, self._tick)
 
     # ---- from outside -----------------------------------------------------------------------------------
@@ -166,7 +168,7 @@ class Coordinator(Process):
         if self._busy:
             return
         self._busy = True
-        while self._pending:
+        while self._pending and not self.dead:
             event = self._pending.popleft()
             if isinstance(event, m.MemberDied) and event.name in self.state.ready:
                 self.referee.declared_dead(self.epoch, event.name)
@@ -179,14 +181,18 @@ class Coordinator(Process):
                 self._perform(command)
         self._busy = False
         if isinstance(self.state.phase, m.Ended):
+            self.deliver(self._ended)
+
+    def _ended(self) -> None:
+        if isinstance(self.state.phase, m.Ended):
             self.referee.ended(self.epoch, self.state.phase.ok, self.state.phase.reason)
             self.die("the run has ended")
 
     def _perform(self, command: m.Command) -> None:
         match command:
-            case m.SendPrepare(prepare):
-                for domain in self._links:
-                    self._send(domain, (), prepare)
+            case m.SendPrepare(prepare, domain):
+                for name in (domain,) if domain else tuple(self._links):
+                    self._send(name, (), prepare)
             case m.Choose():
                 self._choose(command)
             case m.SendView(view):
@@ -249,9 +255,18 @@ class Coordinator(Process):
         domains: dict[str, list[str]] = {}
         for member in view.members:
             domains.setdefault(member.domain, []).append(member.name)
-        for domain, names in domains.items():
+        strike_at = -1
+        if self.doubt is not None and isinstance(message, Verdict):
+            strike_at = self.world.rng.randrange(len(domains))
+        for at, (domain, names) in enumerate(domains.items()):
+            if at == strike_at and self.doubt is not None:
+                strike, self.doubt = self.doubt, None
+                self.world.log("%s is struck with %d of %d messages of a verdict out", self.name, at, len(domains))
+                strike()
             self._send(domain, tuple(names), message)
 
     def _send(self, domain: str, names: tuple[str, ...], message: CoordinatorMessage) -> None:
-        if domain in self._links:
+        if self.frozen:  # stopped between two messages: it says the rest, in order, when it is woken
+            self.deliver(lambda: self._send(domain, names, message))
+        elif domain in self._links:
             self._links[domain].send(self, ToMembers(names, message))

@@ -5,7 +5,8 @@
 2. No step is committed by part of a view: every member that applies a step has its verdict, and all the same.
 3. State that is applied, sealed, restored or handed in at the end equals the reference, unit by unit.
 4. A protected step is recoverable unless the memory of all (ZeRO 0) or any (else) of those that sealed it was
-   lost with its host, or cannot be reached for longer than the patience.
+   lost with its host, or cannot be reached for longer than the patience. It gives way to the step that the
+   next verdict protects, even where a voter's host was lost in between.
 5. A zombie changes nothing: it joins no view and votes in none after it was declared dead in its epoch.
 6. A view whose size is not the wanted one is replaced at the next step boundary.
 7. Progress: with nothing broken for a while, steps are decided, and the run ends.
@@ -85,9 +86,11 @@ class Referee:
         if view >= self.acting:
             self.decided = max(self.decided, step)
             holders = voters - self._gone
-            if holders == voters or (self.replicated and holders):
-                self.protected = max(self.protected, min(protected, self.last_step))
-                self._holders = holders
+            whole = holders == voters or (self.replicated and holders)
+            # A host can go after its vote and before the verdict, which nobody can know: what the voters then gave
+            # up for this step, by this verdict, is gone too, though all who held that are there.
+            self.protected = max(self.protected, min(protected, self.last_step)) if whole else 0
+            self._holders = holders
         self.stir()
 
     def reforms(self, view: ViewId, ranks: int, wanted: int) -> None:

@@ -11,6 +11,7 @@ import msgspec
 from everstep.collectives import messages as wire
 from everstep.collectives.messages import Go, Member, NewView, Prepare, Verdict, View, ViewId
 from everstep.platform.training import messages as training
+from everstep.platform.training.layout import rows_of
 from everstep.storage.index import Source
 from everstep.storage.planner import Copy, Want, plan
 from simulation import watcher as w
@@ -140,6 +141,12 @@ class Trainer(Process):
         elif self._active and connection in self._peers.values():
             self._complain(connection.other(self).name, "the stream of a peer ended")
 
+    def break_stream(self, connection: Connection) -> None:
+        """A fault: its own end breaks, too, and it hears of that, but for its watcher.s."""
+        connection.close(self)
+        if connection is not self._watcher:
+            self.deliver(lambda: self.on_closed(connection))
+
     def _complain(self, about: str, error: str) -> None:
         """The view is over for me: I wait for the next one."""
         if self._view is not None:
@@ -199,7 +206,7 @@ class Trainer(Process):
             self._snapshot(self._label)
             return
         id, self._promise = self._promise.id, None
-        inventory = training.Inventory(self.stamp, runs_of(self.memory), live, UNITS)
+        inventory = training.Inventory(self.stamp, runs_of(self.memory), live, rows_of(UNITS))
         self._say(wire.Inventory(id, _pack(inventory)))
 
     # ---- restore ----------------------------------------------------------------------------------------

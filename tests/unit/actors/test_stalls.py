@@ -73,7 +73,7 @@ def test_other_phases_have_no_deadline_here_and_stop_the_clock() -> None:
     judge = StallJudge(10.0)
     judge.look(forming(1), 0.0)
     waiting = replace(forming(1), phase=Waiting(0.0))
-    leveling = replace(forming(1), phase=Leveling(View(ViewId(1, 1), MEMBERS, 0)))
+    leveling = replace(forming(1), phase=Leveling(View(ViewId(1, 1), MEMBERS, 0), NAMES))
     for phase in (waiting, leveling):
         assert judge.look(phase, 1000.0) == []
         assert judge.look(forming(1), 1000.0) == []

@@ -151,3 +151,32 @@ def test_one_that_is_to_be_woken_is_announced_to_its_manager_before_it_freezes(
 
 def test_scales_are_the_supervisors_own() -> None:
     assert Script(FAULTS, Watchers()).scales == {4: 2, 9: 3}
+
+
+def test_a_prepare_names_to_each_manager_its_own_members_and_those_that_nobody_knows(
+    watchers: Watchers, streams: list[Stream]
+) -> None:
+    asked = ("rank-0.1", "rank-2.1", "stranger", "rank-9.1")
+    prepare = m.Prepare(m.ViewId(1, 2), asked, ("rank-1.1",), (m.Lost("rank-1.1", "signal 9", 1),))
+    watchers.prepare(prepare)
+    told = [envelope.message for stream in streams for envelope in stream.sent]
+    assert [message.asked for message in told if isinstance(message, m.Prepare)] == [
+        ("rank-0.1", "stranger", "rank-9.1"),
+        ("stranger", "rank-9.1"),
+        ("rank-2.1", "stranger", "rank-9.1"),
+    ]
+    assert all(isinstance(message, m.Prepare) and message.lost == prepare.lost for message in told)
+    watchers.prepare(prepare, "slot-1")
+    assert [len(stream.sent) for stream in streams] == [1, 2, 1]
+
+
+def test_a_message_to_many_members_is_encoded_once_and_arrives_as_it_was(
+    watchers: Watchers, streams: list[Stream], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: list[object] = []
+    encode = m.encode
+    monkeypatch.setattr(m, "encode", lambda message: encoded.append(message) or encode(message))
+    verdict = m.Verdict(m.ViewId(1, 1), 7, b"payload", reform=True)
+    watchers.tell_members(["rank-0.1", "rank-1.1", "rank-2.1"], verdict)
+    assert [stream.sent for stream in streams] == [[m.ToMembers((f"rank-{i}.1",), verdict)] for i in range(3)]
+    assert encoded == [verdict]

@@ -29,6 +29,7 @@ FROM_WATCHERS: list[m.WatcherMessage] = [
     m.Stock(ID, "slot-0", ("rank-0.0",), b"s"),
     m.Beat("slot-0"),
     m.WatcherNote("listening", b"n"),
+    m.StandsBy("standby-1", 12, "n"),
 ]
 FROM_COORDINATOR: list[m.CoordinatorMessage] = [
     m.Prepare(ID, ("rank-0.1",), ("rank-1.4",), (m.Lost("rank-1.4", "frozen", 1, 40.0),)),

@@ -14,6 +14,7 @@ from everstep.collectives.messages import Member
 from everstep.platform.cluster.desk import Desk, Judgement, Resume, live_faults
 from everstep.platform.cluster.saving import Finished
 from everstep.platform.job.spec import JobSpec
+from everstep.platform.training.layout import rows_of
 from everstep.platform.training.messages import Inventory, LaneLoss, SealedVersion, Stock, ViewPlan, Vote
 from everstep.platform.training.recovery import Lost
 from everstep.storage.index import Fragment, Source, StateIndex, TensorMeta
@@ -63,7 +64,9 @@ def sealed(index: StateIndex, view: tuple[int, int] = (1, 1)) -> SealedVersion:
 
 
 def chosen(made: Desk, *versions: StateIndex, held: int = 2) -> ViewPlan:
-    inventories = {name: encode(Inventory(-1, (UNITS[i],), None, UNITS)) for i, name in enumerate(NAMES[:held])}
+    inventories = {
+        name: encode(Inventory(-1, (UNITS[i],), None, rows_of(UNITS))) for i, name in enumerate(NAMES[:held])
+    }
     stocks = {"slot-0": encode(Stock(tuple(map(sealed, versions))))}
     choice = made.choose(MEMBERS[:held], inventories, stocks)
     return made.plan(choice, {"slot-0": "h:9"}, [f"slot-{rank}" for rank in range(len(choice.owned))])
@@ -229,7 +232,7 @@ def both(step: int) -> Vote:
 def test_a_checkpoint_that_the_former_view_could_not_finish_is_written_by_the_new_one() -> None:
     """The base step is that of the checkpoint, so no verdict will ask for it again."""
     made = desk(steps=7, checkpoint={"to": "runs", "every": 3})
-    inventories = {name: encode(Inventory(-1, (UNITS[i],), None, UNITS)) for i, name in enumerate(NAMES)}
+    inventories = {name: encode(Inventory(-1, (UNITS[i],), None, rows_of(UNITS))) for i, name in enumerate(NAMES)}
     stocks = {"slot-0": encode(Stock((sealed(index(3), (1, 2)), sealed(index(2), (1, 1)))))}
     choice = made.choose(MEMBERS, inventories, stocks)
     assert made.sealed == {((1, 2), 3): {"slot-0"}, ((1, 1), 2): {"slot-0"}}

@@ -200,3 +200,14 @@ def test_scalars_are_rounded_to_float32_before_and_after_each_addition() -> None
 def test_a_lane_that_nobody_voted_on_is_an_error() -> None:
     with pytest.raises(ValueError, match="lanes are missing"):
         sum_lanes({0: 1.0, 2: 1.0}, 3)
+
+
+@pytest.mark.parametrize("special", [1.0, 3.4e38, -3.4e38, float("inf"), float("nan"), -0.0])
+@pytest.mark.parametrize("lanes", [1, 2, 7, 64, 1000, 1001])
+def test_many_lanes_are_summed_level_by_level_as_the_tree_sums_them(lanes: int, special: float) -> None:
+    rng = random.Random(lanes)
+    values = {lane: rng.choice([special, rng.uniform(-1e3, 1e3), 1e-40]) for lane in range(lanes)}
+    tree: LaneTree[float] = LaneTree(lanes, lambda left, right: f32(left + right))
+    for lane, value in values.items():
+        tree.add((0, lane), f32(value))
+    assert struct.pack("<d", sum_lanes(values, lanes)) == struct.pack("<d", tree.root())

@@ -14,7 +14,9 @@ from everstep.platform.training.layout import (
     aligned,
     intersect,
     merge_runs,
+    rows_of,
     total_of,
+    units_in,
 )
 
 SHAPES = st.lists(st.tuples(st.integers(0, 3 * MIN_BLOCK), st.booleans()), max_size=8)
@@ -132,3 +134,13 @@ def test_intersect_is_that_of_the_sets(left: tuple[Run, ...], right: tuple[Run, 
 def test_merge_runs_sorts_and_joins_neighbours_only() -> None:
     assert merge_runs([(8, 9), (0, 4), (4, 6)]) == ((0, 6), (8, 9))
     assert merge_runs([]) == ()
+
+
+def test_units_travel_as_rows_of_one_size() -> None:
+    units = ((0, 4), (4, 8), (8, 12), (12, 14), (16, 18), (18, 20), (20, 24))
+    assert rows_of(units) == ((0, 4, 3), (12, 2, 1), (16, 2, 2), (20, 4, 1))
+    assert units_in(rows_of(units)) == units
+    layout = FlatLayout.of([(f"w{i}", (1 << 22,), False) for i in range(16)])
+    assert len(layout.units) == MAX_BLOCKS
+    assert len(layout.rows) == 1
+    assert units_in(layout.rows) == layout.units

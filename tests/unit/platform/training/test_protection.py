@@ -39,6 +39,14 @@ def test_a_rank_without_a_partner_has_no_protection() -> None:
     assert effective_parity(plan, 4) == 0
 
 
+@pytest.mark.parametrize("domains", ["acab", "aab" + "c", "abcde" * 2 + "a", "aabbc", "aaabcd"])
+def test_uneven_domains_leave_nobody_without_a_partner(domains: str) -> None:
+    plan = parity_plan(domains, 1)
+    assert sorted(rank for group in plan.groups for rank in group) == list(range(len(domains)))
+    assert all(len({domains[rank] for rank in group}) == len(group) <= 8 for group in plan.groups)
+    assert effective_parity(plan, len(domains)) == 1
+
+
 def test_few_domains_carry_less_than_was_asked_for() -> None:
     assert effective_parity(parity_plan(["a", "b"], 3), 2) == 1
     assert effective_parity(parity_plan(["a"], 1), 1) == 0

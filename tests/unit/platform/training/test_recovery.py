@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from everstep.platform.training.layout import Run
+from everstep.platform.training.layout import Run, rows_of
 from everstep.platform.training.messages import Inventory, SealedVersion, Stock
 from everstep.platform.training.recovery import Choice, Lost, choose
 from everstep.storage.index import Fragment, Source, StateIndex, TensorMeta
@@ -23,11 +23,11 @@ def index(step: int, source: Source, *ranges: tuple[int, int], b: bool = False) 
 
 def live(name: str, step: int, *ranges: tuple[int, int], b: bool = False) -> Inventory:
     held = (*ranges, (16, 32)) if b else ranges
-    return Inventory(step, held, index(step, Source("live", name, ""), *ranges, b=b), UNITS)
+    return Inventory(step, held, index(step, Source("live", name, ""), *ranges, b=b), rows_of(UNITS))
 
 
 def torn(held: tuple[Run, ...] = ()) -> Inventory:
-    return Inventory(-1, held, None, UNITS)
+    return Inventory(-1, held, None, rows_of(UNITS))
 
 
 def sealed(domain: str, step: int, *ranges: tuple[int, int], b: bool = False) -> SealedVersion:
@@ -129,7 +129,7 @@ FLAT: tuple[Run, ...] = tuple((2 * i, 2 * i + 2) for i in range(4))
 
 
 def mirroring(own: Run, mirror: Run, step: int = -1) -> Inventory:
-    return Inventory(step, tuple(sorted((own, mirror))), None, FLAT, (mirror,))
+    return Inventory(step, tuple(sorted((own, mirror))), None, rows_of(FLAT), (mirror,))
 
 
 def choice_of_shadows(inventories: dict[str, Inventory], stocks: dict[str, Stock], initial_step: int = 5) -> Choice:
@@ -162,7 +162,7 @@ def test_the_loss_of_a_rank_and_its_shadow_falls_back_to_what_is_sealed_elsewher
 
 
 def test_a_new_run_has_shadows_and_without_them_nobody_mirrors() -> None:
-    new = {name: Inventory(-1, (), None, FLAT) for name in ("r0", "r1")}
+    new = {name: Inventory(-1, (), None, rows_of(FLAT)) for name in ("r0", "r1")}
     assert choice_of_shadows(new, {}, initial_step=0).shadowed == (((4, 8),), ((0, 4),))
     assert choice_of_shadows({"r0": new["r0"]}, {}, initial_step=0).shadowed == ((),)
     assert choice_of(new, initial_step=0).shadowed == ()
