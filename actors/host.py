@@ -14,6 +14,8 @@ import traceback
 from collections.abc import Callable, Mapping
 from typing import Protocol, cast
 
+from everstep.platform.cluster.placement import Node
+
 OnExit = Callable[[str, str], None]
 """(name, cause), once for every started name, after the process is gone.
 
@@ -21,6 +23,8 @@ Causes: "exit N" (the entry returned: 0; it raised: 1; it called sys.exit(N)), "
 where the exit status is not known (a Ray actor that vanished, a process whose parent vanished, no memory to
 fork).
 """
+
+OnNodes = Callable[[tuple[Node, ...]], None]
 
 Entries = Mapping[str, str]
 """Role ("manager", "rank") -> "module:function", imported in the started process, called with the config."""
@@ -38,9 +42,10 @@ class HostClosed(RuntimeError):
 class Host(Protocol):
     """Starts, watches and kills the processes of one run."""
 
-    def start(self, role: str, name: str, slot: int, config: bytes) -> None:
+    def start(self, role: str, name: str, slot: int, config: bytes, node: str = "") -> None:
         """Starts `role` under a name this host has never used; returns at once.
 
+        `node`: where, on a host that has nodes; the slot's place moves there with all that is started later.
         Whatever goes wrong afterwards is told through `on_exit`. Raises ValueError for a role without an
         entry or a name used before, HostClosed after `close`.
         """
@@ -52,6 +57,22 @@ class Host(Protocol):
 
     def pid(self, name: str) -> int | None:
         """The process id while `name` is known to run, on whatever machine it runs; None before and after."""
+
+    def adopt(self, role: str, name: str, slot: int, where: bytes) -> None:
+        """Watches over a process that another host object of this run started, as if this one had; `where` is what
+        that one said in `located`, or b"". One that cannot be found is reported as an exit.
+        """
+
+    def located(self, name: str) -> bytes:
+        """Where `name` runs, for `adopt`; b"" where that is not known."""
+
+    def watch_nodes(self, on_nodes: OnNodes) -> bool:
+        """Tells of all nodes, first and whenever something changes, from a thread of the host; False where this
+        machine is all there is.
+        """
+
+    def free(self, slot: int) -> None:
+        """Nothing of this slot comes back to where it was: its place is given back."""
 
     def close(self) -> None:
         """Kills what still lives, waits until it is gone, reports it, frees everything; idempotent."""

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import msgspec
 
-from everstep.actors.host import DEFAULT_ENTRIES, Entries, HostClosed, OnExit, entry_of
+from everstep.actors.host import DEFAULT_ENTRIES, Entries, HostClosed, OnExit, OnNodes, entry_of
 from everstep.actors.run_folder import RunFolder, wait_gone
 from everstep.actors.zygote import PACKET_BYTES, Exited, Setup, Start, Started
 
@@ -62,7 +62,7 @@ class ProcessHost:
         self._log_dir.mkdir(parents=True, exist_ok=True)
         self._zygote = _ZygoteLink(self._setup, self._report)
 
-    def start(self, role: str, name: str, slot: int, config: bytes) -> None:
+    def start(self, role: str, name: str, slot: int, config: bytes, node: str = "") -> None:
         """See Host. `slot` makes no difference here: there is one machine."""
         entry = entry_of(self._entries, role)
         with self._lock:
@@ -86,6 +86,20 @@ class ProcessHost:
     def zygote_pid(self) -> int:
         """For those who watch or drill the host itself."""
         return self._zygote.process.pid
+
+    def adopt(self, role: str, name: str, slot: int, where: bytes) -> None:
+        """See Host. Processes end with the one that started them: there never is anything to adopt."""
+        self._on_exit(name, "died: with the process that had started it")
+
+    def located(self, name: str) -> bytes:
+        """See Host."""
+        return b""
+
+    def watch_nodes(self, on_nodes: OnNodes) -> bool:
+        return False
+
+    def free(self, slot: int) -> None:
+        pass  # a process holds no place
 
     def close(self) -> None:
         """See Host."""

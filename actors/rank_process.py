@@ -6,7 +6,9 @@ import ctypes
 import logging
 import os
 import platform
+import signal
 import sys
+import threading
 import traceback
 from pathlib import Path
 
@@ -49,6 +51,17 @@ def _keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, 512 << 20)
 
 
+def _heed_notice(conductor: RankConductor) -> None:
+    """SIGTERM is a notice (of a spot instance, of a container's end): this rank is replaced, and leaves in order."""
+
+    def tell(number: int, frame: object) -> None:
+        # On a thread of its own: what this one was doing may hold what sending needs.
+        threading.Thread(target=conductor.note, args=("notice", b"SIGTERM"), daemon=True).start()
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, tell)
+
+
 def main(config: bytes) -> None:
     """Runs one trainer; ends the process with 0 when the run is over for it, 1 when its task failed."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
@@ -59,6 +72,7 @@ def main(config: bytes) -> None:
     torch.set_num_threads(spec.resources.threads)
     mine = fingerprint(spec)
     conductor = RankConductor(decoded, spec.timeouts.stall_s, os.getpid(), mine)
+    _heed_notice(conductor)
     step, lane = 0, -1
     try:
         task = load(spec, Path(decoded.spec_dir))

@@ -5,8 +5,12 @@ is started. A process is watched through the pending result of its `run` method:
 ms. A SIGSTOPped actor it never notices, and ray.kill on one takes 5 s; on our own machine we kill through a
 pidfd.
 
+On a cluster a slot's manager and ranks share a placement group of one bundle on the node that was chosen for them. It
+is given back when the slot moves, so that nothing waits for Ray to notice that a node is gone.
+
 Owns: the actors it started, their placement groups, one watcher thread (all of Ray's news comes as events to
-its queue), pidfds of local actors, and a short-lived thread for each ray.kill. Any thread may call.
+its queue), one thread that asks Ray's head to make things, which takes long while the head is away, one that looks at
+the nodes, pidfds of local actors, and a short-lived thread for each ray.kill. Any thread may call.
 """
 
 import logging
@@ -16,19 +20,29 @@ import signal
 import threading
 import time
 from collections.abc import Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
 import ray
 from ray.exceptions import RayActorError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import (
+    NODE_ID_LABEL_KEY,
+    PlacementGroup,
+    get_placement_group,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from everstep.actors.host import DEFAULT_ENTRIES, Entries, HostClosed, OnExit, entry_of
+from everstep.actors import ray_head
+from everstep.actors.host import DEFAULT_ENTRIES, Entries, HostClosed, OnExit, OnNodes, entry_of
 from everstep.actors.ray_actors import Home, SnapshotManager, TrainerRank, Whereabouts, machine_id
 from everstep.actors.ray_cluster import NAMESPACE
+from everstep.actors.ray_nodes import NodeWatch
 from everstep.actors.run_folder import RunFolder, open_process, wait_gone
 
 logger = logging.getLogger(__name__)
@@ -104,8 +118,8 @@ class RayHost:
 
         Prints are in Ray's logs and, of actors on this machine, in `log_dir`/NAME.log. Local actors register
         themselves in `run_folder`. runtime_env: the driver's own, for actors that another actor starts.
-        colocate: one placement group per slot, so that a slot's manager and ranks share a node; None: where
-        there is more than one node.
+        colocate: one placement group per slot, so that a slot's manager and ranks share a node, which may be
+        chosen; None: where there is more than one node.
         """
         self._on_exit = on_exit
         self._run = run
@@ -117,19 +131,21 @@ class RayHost:
         nodes: Any = ray.nodes  # untyped
         several = sum(node["Alive"] for node in nodes()) > 1
         self._colocate = several if colocate is None else colocate
-        self._groups: dict[int, PlacementGroup] = {}
-        self._groups_lock = threading.Lock()
+        self._groups: dict[int, tuple[str, PlacementGroup]] = {}  # slot -> node, group; of the maker's thread
+        self._maker = ThreadPoolExecutor(1, "everstep-ray-maker")
+        self._nodes: NodeWatch | None = None
         self._actors: dict[str, _Actor] = {}
         self._names: set[str] = set()
         self._deadline: float | None = None  # set by close
         self._lock = threading.Lock()
         self._killers: list[threading.Thread] = []
         self._events: queue.SimpleQueue[_Event | None] = queue.SimpleQueue()
+        self._closing = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="everstep-ray-host", daemon=True)
         self._watcher.start()
 
-    def start(self, role: str, name: str, slot: int, config: bytes) -> None:
-        """See Host. Takes a few ms: Ray registers a named actor before it returns."""
+    def start(self, role: str, name: str, slot: int, config: bytes, node: str = "") -> None:
+        """See Host."""
         entry = entry_of(self._entries, role)
         with self._lock:
             if self._deadline is not None:
@@ -137,11 +153,23 @@ class RayHost:
             if name in self._names:
                 raise ValueError(f"a process named {name!r} was started before; names are used once")
             self._names.add(name)
-            actor = self._actors[name] = _Actor()
-        # Without the lock: a kill must not wait for Ray's head.
-        actor_class: Any = ray.remote(_CLASSES.get(role, TrainerRank))
+            self._actors[name] = _Actor()
+            self._maker.submit(self._make, role, name, slot, entry, config, node)
+
+    def _make(self, role: str, name: str, slot: int, entry: str, config: bytes, node: str) -> None:
+        """Ray registers a named actor before it returns: a few ms. Without the lock: a kill must not wait for it.
+        Begun only when the head answers: Ray gives up such a call after a minute, half-way."""
+        here = ray_head.wait_for(self._closing.wait)
+        with self._lock:
+            actor = self._actors.get(name)
+            if actor is None:  # `close` did not wait any longer
+                return
+            killed = actor.killed
         try:
-            handle: Any = actor_class.options(**self._options(role, name, slot)).remote(name, self._home)
+            if killed or not here:
+                raise ChildProcessError("killed before it was started")
+            actor_class: Any = ray.remote(_CLASSES.get(role, TrainerRank))
+            handle: Any = actor_class.options(**self._options(role, name, slot, node)).remote(name, self._home)
         except Exception as error:  # its name is taken by an actor of another execution, or Ray is out of reach
             failed: Future[Any] = Future()
             failed.set_exception(error)
@@ -166,11 +194,61 @@ class RayHost:
             actor = self._actors.get(name)
             return actor.whereabouts.pid if actor and actor.whereabouts else None
 
+    def located(self, name: str) -> bytes:
+        """See Host."""
+        with self._lock:
+            actor = self._actors.get(name)
+            where = actor.whereabouts if actor is not None else None
+        return b"" if where is None else msgspec.msgpack.encode(where)
+
+    def adopt(self, role: str, name: str, slot: int, where: bytes) -> None:
+        """See Host. What the actor's `run` returns is for the one that called it; but a `leave` that waits behind it
+        ends the process then, and tells of its death before."""
+        with self._lock:
+            self._names.add(name)
+            actor = self._actors[name] = _Actor()
+        if where:
+            self._locate(actor, msgspec.msgpack.decode(where, type=Whereabouts))
+        self._maker.submit(self._adopt, name, slot)
+
+    def _adopt(self, name: str, slot: int) -> None:
+        here = ray_head.wait_for(self._closing.wait)
+        with self._lock:
+            actor = self._actors.get(name)
+        if actor is None or not here:
+            return
+        try:
+            if self._colocate and slot not in self._groups:
+                self._adopt_group(slot)
+            handle: Any = ray.get_actor(f"everstep/{self._run}/{name}", namespace=NAMESPACE)
+        except Exception as error:  # there is none, or Ray is out of reach
+            failed: Future[Any] = Future()
+            failed.set_exception(error)
+            self._events.put(_Event("failed", name, failed))
+            return
+        with self._lock:
+            actor.handle = handle
+            if actor.killed:
+                self._kill(actor)
+        self._follow("gone", name, handle.leave.remote())
+
     def node(self, name: str) -> str | None:
         """The id of the Ray node that `name` runs on, where known."""
         with self._lock:
             actor = self._actors.get(name)
             return actor.whereabouts.node_id if actor and actor.whereabouts else None
+
+    def watch_nodes(self, on_nodes: OnNodes) -> bool:
+        """See Host."""
+        if self._colocate and self._nodes is None:
+            self._nodes = NodeWatch(on_nodes, self._resources.bundle(), self._resources.labels)
+        return self._colocate
+
+    def free(self, slot: int) -> None:
+        """See Host."""
+        with self._lock:
+            if self._deadline is None:
+                self._maker.submit(self._leave, slot)
 
     def close(self) -> None:
         """See Host. Gives up on Ray's confirmation after CONFIRM_S, and says so in the cause."""
@@ -179,17 +257,23 @@ class RayHost:
                 self._deadline = time.monotonic() + (CONFIRM_S if ray.is_initialized() else 0.0)
             for actor in self._actors.values():
                 self._kill(actor)
+        if self._nodes is not None:
+            self._nodes.close()
+        self._closing.set()
         self._events.put(None)
         if self._watcher is threading.current_thread():
             return  # called from on_exit; the watcher ends by itself
         self._watcher.join()
         for killer in self._killers:
             killer.join(CONFIRM_S)
-        with self._groups_lock:
-            while self._groups:
-                remove_placement_group(self._groups.popitem()[1])
+        self._maker.shutdown()
+        if self._groups and not ray_head.answers():
+            logger.warning("Ray's head is away: the placement groups of %s stay for now", self._run)
+            self._groups.clear()
+        for slot in list(self._groups):
+            self._leave(slot)
 
-    def _options(self, role: str, name: str, slot: int) -> dict[str, Any]:
+    def _options(self, role: str, name: str, slot: int, node: str) -> dict[str, Any]:
         options: dict[str, Any] = {
             "name": f"everstep/{self._run}/{name}",
             "namespace": NAMESPACE,
@@ -202,20 +286,42 @@ class RayHost:
             options["runtime_env"] = self._runtime_env
         if self._colocate:
             options.pop("label_selector", None)  # the bundle has it
-            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(self._group(slot), 0)
+            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(self._group(slot, node), 0)
         return options
 
-    def _group(self, slot: int) -> PlacementGroup:
-        with self._groups_lock:
-            if slot not in self._groups:
-                labels = dict(self._resources.labels)
-                self._groups[slot] = placement_group(
-                    [self._resources.bundle()],
-                    name=f"everstep/{self._run}/slot-{slot}",
-                    lifetime="detached",
-                    bundle_label_selector=[labels] if labels else None,
-                )
-            return self._groups[slot]
+    def _group(self, slot: int, node: str) -> PlacementGroup:
+        if slot in self._groups and self._groups[slot][0] != node:
+            self._leave(slot)
+        if slot not in self._groups:
+            labels = {**self._resources.labels, **({NODE_ID_LABEL_KEY: node} if node else {})}
+            group = placement_group(
+                [self._resources.bundle()],
+                name=self._group_name(slot),
+                lifetime="detached",
+                bundle_label_selector=[labels] if labels else None,
+            )
+            self._groups[slot] = (node, group)
+        return self._groups[slot][1]
+
+    def _group_name(self, slot: int) -> str:
+        return f"everstep/{self._run}/slot-{slot}"
+
+    def _adopt_group(self, slot: int) -> None:
+        """The group that another host object made for a slot: its name is taken while it stands."""
+        try:
+            group = get_placement_group(self._group_name(slot))
+        except ValueError:  # there is none
+            return
+        nodes = placement_group_table(group)["bundles_to_node_id"]
+        self._groups[slot] = (str(nodes.get(0) or ""), group)
+
+    def _leave(self, slot: int) -> None:
+        """Gives a slot's group back; Ray ends what is still in it."""
+        if slot in self._groups:
+            try:
+                remove_placement_group(self._groups.pop(slot)[1])
+            except Exception as error:  # no Ray any more, or out of reach: the run's collector removes it
+                logger.warning("the place of slot %d is not given back: %s", slot, error)
 
     def _follow(self, kind: Literal["where", "done", "gone"], name: str, ref: Any) -> None:
         """Turns the result of a call into an event. Ray calls back on a thread of its own, which must not
@@ -280,7 +386,7 @@ class RayHost:
             wait_gone([actor.pidfd], CONFIRM_S)
         if actor.code is not None:
             self._report(name, f"exit {actor.code}")
-        elif actor.killed and isinstance(error, RayActorError):
+        elif actor.killed and isinstance(error, RayActorError | ChildProcessError):
             self._report(name, f"signal {signal.SIGKILL.value}")
         else:
             self._report(name, f"died: {_reason(error)}")

@@ -7,10 +7,11 @@ goodput add up to the wall time: each moment is booked once, under what the run 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from everstep.collectives.messages import Lost
+from everstep.platform.cluster.chronicle import Account, Chronicle
 from everstep.platform.job.result import Goodput, Recovery, Rescale, Snapshots
 from everstep.platform.training.messages import Verdict
 
@@ -36,6 +37,7 @@ class Ledger:
     def __init__(self, start_step: int, now: float) -> None:
         self.start_step = start_step
         self.step = start_step  # newest committed
+        self.commits = 0  # steps done again are counted again
         self.losses: dict[int, float] = {}
         self.metrics: dict[str, float] = {}
         self.weight = 0.0  # of the newest step's loss
@@ -53,13 +55,49 @@ class Ledger:
         }
         self._incident: _Incident | None = None
         self._acting = False
+        self._members: frozenset[str] = frozenset()  # of the view
         self._redone_until = start_step
         self.ranks = 0
         self.parity = 0  # failure domains that may be lost together in the present view
         self._waits: list[float] = []  # seconds, by snapshot, newest last: of the slowest rank, until the next one
+        self._earlier_snapshots = 0  # of the supervisors before this one
         self._step_times: list[float] = []
         self._fault_at: float | None = None
         self._explained: dict[str, str] = {}
+        self._leaving: dict[str, str] = {}  # who is to leave in order -> "drain" or "preemption"
+
+    @classmethod
+    def go_on(cls, known: Chronicle, silent_s: float, now: float) -> Ledger:
+        """The books of a supervisor that was lost, which was last heard of `silent_s` ago."""
+        account = known.account
+        ledger = cls(account.start_step, now - silent_s)
+        ledger._began = now - silent_s - account.wall_s
+        ledger._booked |= account.booked
+        ledger.step, ledger.ranks, ledger.parity = account.step, account.ranks, account.parity
+        ledger.skipped, ledger.metrics, ledger.weight = account.skipped, dict(account.metrics), account.weight
+        ledger._redone_until, ledger._earlier_snapshots = account.redone_until, account.snapshots
+        ledger.losses = dict(known.losses)
+        ledger.recoveries, ledger.rescales = list(known.recoveries), list(known.rescales)
+        ledger._acting = True
+        return ledger
+
+    def account(self, now: float) -> Account:
+        """What a successor has to know beside losses, recoveries and rescales."""
+        booked = dict(self._booked)
+        booked["waiting"] += now - self._mark  # not booked yet; nothing between two commits
+        return Account(
+            start_step=self.start_step,
+            step=self.step,
+            ranks=self.ranks,
+            parity=self.parity,
+            skipped=self.skipped,
+            snapshots=self._earlier_snapshots + len(self._waits),
+            redone_until=self._redone_until,
+            wall_s=now - self._began,
+            booked=booked,
+            metrics=self.metrics,
+            weight=self.weight,
+        )
 
     def _book(self, kind: str, now: float) -> float:
         spent, self._mark = now - self._mark, now
@@ -81,7 +119,8 @@ class Ledger:
         self._incident.names.append(lost.name)
         seen = "exited" if _is_unexplained(lost.cause) else lost.cause
         self._incident.causes.append(self._explained.get(lost.name, seen))
-        self._incident.ranks.append(lost.rank)
+        if lost.rank >= 0:  # else it was no rank: the supervisor
+            self._incident.ranks.append(lost.rank)
         self._fault_at = None
 
     def explain(self, name: str, cause: str) -> None:
@@ -99,12 +138,20 @@ class Ledger:
         self._acting = False
         self._book("waiting", now)
 
-    def acts(self, base_step: int, ranks: int, now: float) -> None:
-        """A view acts from `base_step`."""
+    def leave(self, names: Iterable[str], cause: str) -> None:
+        """These are to leave in order; the view that does without them is booked as a rescale for that cause."""
+        self._leaving.update(dict.fromkeys(names, cause))
+
+    def acts(self, base_step: int, ranks: int, now: float, names: Collection[str] = ()) -> None:
+        """A view of `names` acts from `base_step`."""
+        causes = {cause for name, cause in self._leaving.items() if name not in names and name in self._members}
+        cause = "preemption" if "preemption" in causes else "".join(causes) or "scale"
+        self._members = frozenset(names)
         first = self.ranks == 0
         spent = self._book("startup" if first else "recovery" if self._incident else "waiting", now)
-        if not first and ranks != self.ranks and self._incident is None:
-            self.rescales.append(Rescale(step=base_step, from_=self.ranks, to=ranks, pause_ms=spent * 1000))
+        if not first and (ranks != self.ranks or causes) and self._incident is None:
+            pause_ms = spent * 1000
+            self.rescales.append(Rescale(step=base_step, from_=self.ranks, to=ranks, pause_ms=pause_ms, cause=cause))
         if self._incident is not None:
             self._incident.base_step = base_step
             self._redone_until = max(self._redone_until, self.step)
@@ -133,6 +180,7 @@ class Ledger:
             self._waits.append(0.0)
         self._step_times = [*self._step_times[-_RECENT_STEPS:], spent]
         self.step = step
+        self.commits += 1
         self.losses[step] = verdict.loss
         self.metrics |= verdict.metrics
         self.weight = verdict.weight
@@ -178,7 +226,7 @@ class Ledger:
         median = statistics.median(self._waits[:-1]) * 1000 if self._waits[:-1] else 0.0
         total = self._booked["productive"] + self._booked["snapshot"]
         return Snapshots(
-            count=len(self._waits),
+            count=self._earlier_snapshots + len(self._waits),
             stall_ms_median=median,
             stall_share=self._booked["snapshot"] / total if total else 0.0,
             parity=self.parity,

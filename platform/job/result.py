@@ -34,12 +34,14 @@ class Recovery(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Rescale(msgspec.Struct, frozen=True, kw_only=True):
-    """One change of the number of ranks. pause_ms: how long no step was worked on."""
+    """One change of the ranks in order, with no step lost. pause_ms: how long no step was worked on. cause: "scale"
+    (asked for, or ranks that joined), "preemption" (a node drained, or a notice came) or "drain" (by hand)."""
 
     step: int
     from_: int = msgspec.field(name="from")
     to: int
     pause_ms: float
+    cause: str = "scale"
 
 
 class Snapshots(msgspec.Struct, frozen=True, kw_only=True):

@@ -154,6 +154,29 @@ def test_kill_right_after_start(host: Host, watch: Watch) -> None:
     assert watch.wait() == {"manager-0": "signal 9"}
 
 
+@pytest.mark.ray
+def test_another_host_adopts_what_is_left_and_hears_of_its_end(embedded_ray: object, watch: Watch, tmp_path: Path):
+    """As a supervisor's successor does, in another process."""
+    ray_host = pytest.importorskip("everstep.actors.ray_host")
+    run = f"contract-{time.monotonic_ns()}"
+    former = ray_host.RayHost(Watch(), run=run, log_dir=tmp_path / "logs", entries=ENTRIES)
+    later = ray_host.RayHost(watch, run=run, log_dir=tmp_path / "logs", entries=ENTRIES)
+    try:
+        pids = [started(former, f"manager-{i}", tmp_path) for i in range(2)]
+        for i in range(2):
+            later.adopt("manager", f"manager-{i}", i, former.located(f"manager-{i}"))
+        later.adopt("manager", "manager-7", 7, b"")
+        assert list(watch.wait()) == ["manager-7"], "there is none"
+        assert later.pid("manager-0") == pids[0]
+        os.kill(pids[0], signal.SIGKILL)
+        assert list(watch.wait()) == ["manager-0"]
+        later.kill("manager-1")
+        assert watch.wait() == {"manager-1": "signal 9"}
+    finally:
+        later.close()
+        former.close()
+
+
 def test_names_are_used_once_and_roles_are_known(host: Host, watch: Watch) -> None:
     host.start("rank", "rank-0.1", 0, b"return")
     watch.wait()

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -188,6 +188,7 @@ def test_a_name_taken_by_another_execution_is_reported(embedded: EmbeddedRay, tm
     first.start("manager", "manager-0", 0, str(tmp_path / "pid").encode())
     wait_for_pid(tmp_path / "pid")
     second.start("manager", "manager-0", 0, b"")
+    wait_until(lambda: bool(reports))
     second.close()
     first.close()
     assert [name for name, _ in reports] == ["manager-0"]
@@ -240,7 +241,11 @@ def wait_for_pid(file: Path) -> int:
 
 
 def wait_until_gone(pid: int) -> None:
+    wait_until(lambda: start_time(pid) is None)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 10
-    while start_time(pid) is not None:
-        assert time.monotonic() < deadline, f"{pid} still lives"
+    while not condition():
+        assert time.monotonic() < deadline
         time.sleep(0.01)

@@ -254,3 +254,24 @@ def test_the_state_is_a_value() -> None:
     first = Staff().staffed().state
     assert first == Staff().staffed().state
     assert replace(first, target=9) != first
+
+
+def test_fewer_spares_are_stopped_though_the_view_stays() -> None:
+    staff = Staff(slots=4, target=2, spares=2).staffed()
+    staff.on(ViewActs(frozenset({"rank-0.1", "rank-1.1"})))
+    assert staff.on(Scale(2, 1)) == [StopRank("rank-3.1")]
+    assert staff.on(Scale(2, 0)) == [StopRank("rank-2.1")]
+
+
+def test_members_of_the_view_are_not_stopped_before_a_smaller_one_acts() -> None:
+    staff = Staff(slots=3, target=3, spares=0).staffed()
+    staff.on(ViewActs(frozenset({"rank-0.1", "rank-1.1", "rank-2.1"})))
+    assert staff.on(Scale(1, 0)) == []
+    assert staff.on(ViewActs(frozenset({"rank-0.1"}))) == [StopRank("rank-1.1"), StopRank("rank-2.1")]
+
+
+def test_without_a_grant_nothing_is_started() -> None:
+    staff = Staff(slots=3, target=2, spares=1)
+    assert staff.on(Scale(0, 0)) == []
+    assert staff.on(Begin()) == []
+    assert staff.on(Scale(2, 0)) == [StartManager(0, "manager-0.1"), StartManager(1, "manager-1.1")]

@@ -44,7 +44,7 @@ def test_the_names_of_a_result_are_frozen():
     }
     assert set(plain["loss"]) == {"first", "last"}
     assert set(plain["recoveries"][0]) >= {"step", "cause", "ranks", "detect_ms", "resume_ms", "steps_lost"}
-    assert set(plain["rescales"][0]) == {"step", "from", "to", "pause_ms"}
+    assert set(plain["rescales"][0]) == {"step", "from", "to", "pause_ms", "cause"}
     assert set(plain["snapshots"]) >= {"count", "stall_ms_median", "stall_share"}
     assert set(plain["findings"][0]) == {
         "syndrome",
@@ -75,7 +75,7 @@ def test_a_result_survives_its_file(tmp_path):
 
 def test_one_line_for_programs():
     assert "\n" not in FULL.to_json(indent=0)
-    assert FULL.to_dict()["rescales"] == [{"step": 2, "from": 4, "to": 2, "pause_ms": 20.0}]
+    assert FULL.to_dict()["rescales"] == [{"step": 2, "from": 4, "to": 2, "pause_ms": 20.0, "cause": "scale"}]
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
