@@ -16,12 +16,12 @@ class SupervisorClient:
     """Calls raise ConnectionError when the supervisor cannot be reached or refuses the token."""
 
     def __init__(self, address: str, token: str) -> None:
-        self._address = address
+        self.address = address
         self._token = token
 
     def _call(self, request: dict[str, Any], timeout_s: float = 10.0) -> bytes:
         try:
-            return call(self._address, self._token, msgspec.msgpack.encode(request), timeout_s)
+            return call(self.address, self._token, msgspec.msgpack.encode(request), timeout_s)
         except CollectiveError as error:
             raise ConnectionError(str(error)) from error
 
@@ -36,6 +36,9 @@ class SupervisorClient:
 
     def save(self) -> str:
         return msgspec.json.decode(self._call({"do": "save"}), type=str)
+
+    def drain(self, node: str, rank: int | None) -> str:
+        return msgspec.json.decode(self._call({"do": "drain", "node": node, "rank": rank}), type=str)
 
     def stop(self, reason: str) -> None:
         self._call({"do": "stop", "reason": reason})

@@ -11,7 +11,7 @@ import secrets
 from pathlib import Path
 from typing import Any
 
-from everstep.actors.checkpoints import claim_epoch
+from everstep.actors.claims import FolderClaims
 from everstep.actors.host import OnExit
 from everstep.actors.process_host import ProcessHost
 from everstep.actors.provenance import commit_of
@@ -39,6 +39,7 @@ _FREE_FIELDS = frozenset(
     {
         "steps",
         "ranks",
+        "priority",
         "layout",
         "faults",
         "resources",
@@ -61,7 +62,7 @@ def resume_point(spec: JobSpec, spec_dir: Path) -> tuple[Resume, int]:
         return Resume(), 1
     root = run_folder(url, spec.name, spec.run_name)
     try:
-        epoch = claim_epoch(root)
+        epoch = FolderClaims(root).next()
         if spec.checkpoint.resume == "never":
             return Resume(), epoch
         newest = find_newest(root)
@@ -201,6 +202,9 @@ class _LocalRun:
     def save(self) -> str:
         return self._supervisor.save()
 
+    def drain(self, node: str, rank: int | None) -> str:
+        return self._supervisor.drain(node, rank)
+
     def stop(self, reason: str) -> None:
         self._supervisor.stop(reason)
 
@@ -209,6 +213,9 @@ class _LocalRun:
 
     def wait(self, timeout_s: float) -> bool:
         return self._supervisor.wait(timeout_s)
+
+    def leave(self) -> bool:
+        return False
 
     def close(self) -> None:
         if self._closed:

@@ -16,9 +16,11 @@ from typing import TextIO
 
 import ray
 
+import everstep
 from everstep.actors.host import run_entry
 from everstep.actors.run_folder import RunFolder, start_time
 from everstep.collectives.addresses import NODE_VARIABLE, boot_id
+from everstep.platform.job.versions import check_starter
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Home:
     machine: str
     log_dir: str
     run_folder: str | None
+    version: str = everstep.__version__  # of who starts the actor
 
 
 def machine_id() -> str:
@@ -49,6 +52,8 @@ class Shell:
     """The body of every actor."""
 
     def __init__(self, name: str, home: Home) -> None:
+        self._name = name
+        check_starter(home.version)
         if home.machine == machine_id() and Path(home.log_dir).is_dir():
             file = Path(home.log_dir, f"{name}.log")
             log = open(file, "a", buffering=1)  # noqa: SIM115  # open for the process's life
@@ -56,6 +61,10 @@ class Shell:
             sys.stderr = _Tee(sys.stderr, log)
         if home.machine == machine_id() and home.run_folder is not None:
             RunFolder.at(Path(home.run_folder)).register_pid()
+
+    def __repr__(self) -> str:
+        """What Ray calls the process in its logs."""
+        return self._name
 
     def whereabouts(self) -> Whereabouts:
         """Where this process is."""

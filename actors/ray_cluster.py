@@ -36,7 +36,9 @@ import ray._private.ray_constants
 import ray._private.utils
 import ray._private.worker
 import ray._raylet
+from ray.exceptions import AuthenticationError
 
+from everstep.actors.ray_driver import Prints, under_job
 from everstep.actors.run_folder import RunFolder, kill_processes, marked_processes, start_time
 
 logger = logging.getLogger(__name__)
@@ -174,12 +176,15 @@ class EmbeddedRay:
 class ConnectedRay:
     """A connection to a cluster that is not ours."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, prints: Prints | None = None) -> None:
         """Not for callers: use `connect`."""
         self.address = address
+        self._prints = prints
 
     def close(self) -> None:
-        """Disconnects; detached actors stay. Idempotent."""
+        """Disconnects; detached actors stay. Under a Ray job the last prints of ranks come first. Idempotent."""
+        if self._prints is not None and ray.is_initialized():
+            self._prints.settle()
         ray.shutdown()
 
 
@@ -189,6 +194,7 @@ def connect(address: str, runtime_env: Mapping[str, Any] | None = None) -> Conne
     Ray looks for a token by itself only for "auto"; for an address it wants RAY_AUTH_MODE=token, which a
     driver under `ray job submit` has. Elsewhere we set it where a token is (RAY_AUTH_TOKEN,
     RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token): a cluster without authentication does not mind one.
+    Under a Ray job what ranks print comes into this process's output, which is the job's log.
     Raises ValueError for ray:// (a thin client sees neither actors' deaths nor nodes as we need them),
     RuntimeError where this process is connected already, ConnectionError where there is no cluster.
     """
@@ -196,36 +202,62 @@ def connect(address: str, runtime_env: Mapping[str, Any] | None = None) -> Conne
         raise ValueError(f"address {address!r}: want HOST:PORT of the cluster's head, not Ray Client's ray://")
     if ray.is_initialized():
         raise RuntimeError("this process is already connected to a Ray; close that connection first")
-    if _raylet.AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True):
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-        _reload_authentication()
-    _redirect_errors()
+    use_token()
+    prints = Prints() if under_job() else None
+    _redirect_errors(prints)
     if address != "auto":
         _reachable(address)
-    with _our_signals():
-        ray.init(
-            address=address,
-            namespace=NAMESPACE,
-            runtime_env=dict(runtime_env) if runtime_env else None,
-            log_to_driver=False,
-            configure_logging=False,
-            logging_level=logging.ERROR,
-        )
-    return ConnectedRay(address)
+    try:
+        with _our_signals():
+            ray.init(
+                address=address,
+                namespace=NAMESPACE,
+                runtime_env=dict(runtime_env) if runtime_env else None,
+                log_to_driver=prints is not None,
+                configure_logging=False,
+                logging_level=logging.ERROR,
+            )
+    except (ConnectionError, AuthenticationError) as error:
+        where = "RAY_AUTH_TOKEN_PATH (a file), RAY_AUTH_TOKEN, or ~/.ray/auth_token"
+        raise ConnectionError(
+            f"the cluster at {address} lets nobody in: {error}; most often it wants another token ({where})"
+        ) from error
+    return ConnectedRay(address, prints)
+
+
+def use_token() -> bool:
+    """Has Ray's library send the token that this user has, if there is one; says whether there is."""
+    try:
+        if not _raylet.AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True):
+            return False
+    except AuthenticationError:  # RAY_AUTH_TOKEN_PATH names a file that is not there
+        return False
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    _reload_authentication()
+    return True
 
 
 def _reachable(address: str) -> None:
-    """Raises ConnectionError at once where nobody listens: Ray itself would try for a minute."""
+    """Raises ConnectionError at once where nobody listens, or a web server: Ray itself would try for minutes."""
     host, _, port = address.rpartition(":")
     try:
-        socket.create_connection((host, int(port)), REACH_S).close()
+        with socket.create_connection((host, int(port)), REACH_S) as asked:
+            asked.sendall(b"GET / HTTP/1.0\r\n\r\n")  # a cluster's own port speaks HTTP/2, which is not text
+            web = asked.recv(5) == b"HTTP/"
+    except TimeoutError:
+        web = False  # it accepted; whatever it is, Ray will say
     except (OSError, ValueError) as error:
         raise ConnectionError(
             f"nobody answers at {address} (want HOST:PORT of the cluster's head): {error}"
         ) from error
+    if web:
+        raise ConnectionError(
+            f"a web server answers at {address}: want the cluster's own port ({host}:6379 by default), or, to submit"
+            f" through this one, everstep submit --address http://{address}"
+        )
 
 
-def _redirect_errors() -> None:
+def _redirect_errors(prints: Prints | None = None) -> None:
     """Ray prints every unexpected death to the driver's stdout, whatever `log_to_driver` says; log it
     instead.
     """
@@ -235,7 +267,7 @@ def _redirect_errors() -> None:
             logger.info("%s: %s", data["pid"], line)
 
     if hasattr(ray._private.worker, "print_to_stdstream"):
-        ray._private.worker.print_to_stdstream = log
+        ray._private.worker.print_to_stdstream = prints or log
 
 
 @contextmanager

@@ -57,20 +57,22 @@ def check(
     source: str = "job",
     timeout_s: float = CHECK_TIMEOUT_S,
     shm: Path = Path("/dev/shm"),
+    here: bool = True,
 ) -> TaskFacts:
     """Returns what is known of the task; raises SpecError with everything that is wrong.
 
-    spec_dir: folder of the job file; `task` and `checkpoint.to` are relative to it. shm: where segments go.
+    spec_dir: folder of the job file; `task` and `checkpoint.to` are relative to it. shm: where segments go. here:
+    the run is to be on this machine or started from it; else its memory and its storage are not looked at.
     """
     problems: list[Problem] = []
     facts: TaskFacts | None = None
     answer = _ask(spec, spec_dir, timeout_s)
     if "facts" in answer:
         facts = msgspec.convert(answer["facts"], TaskFacts)
-        problems += shared_memory(spec, facts.state_bytes, shm)
+        problems += shared_memory(spec, facts.state_bytes, shm) if here else []
     else:
         problems += [Problem(**p) for p in answer["problems"]]
-    problems += checkpoint_folder(spec, spec_dir)
+    problems += checkpoint_folder(spec, spec_dir) if here else []
     if problems or facts is None:
         raise SpecError(problems, source)
     return facts

@@ -26,6 +26,9 @@ class RunClient(Protocol):
     def save(self) -> str:
         """Asks for a checkpoint of the next step; returns "" when accepted, else why not."""
 
+    def drain(self, node: str, rank: int | None) -> str:
+        """Asks a node's ranks (`rank` None), or a rank, to leave in order; returns "" when accepted, or why not."""
+
     def stop(self, reason: str) -> None:
         """Asks the run to finish its step, write a checkpoint and end. Returns at once."""
 
@@ -38,6 +41,9 @@ class RunHandle(RunClient, Protocol):
 
     def wait(self, timeout_s: float) -> bool:
         """Waits for the result, at most this long; True once there is one."""
+
+    def leave(self) -> bool:
+        """Lets go of the run, which goes on without this process; False where it would not. Returns at once."""
 
     def close(self) -> None:
         """Ends everything that the run started, now if it still goes on, and waits. Idempotent."""

@@ -2,6 +2,7 @@
 
     JobError
     ├── SpecError          the job file, or what it points to, is not acceptable (also a ValueError)
+    ├── VersionMismatch    one run would be made of two versions of everstep
     ├── AlreadyRunning     a live run holds this name
     └── UnknownJob         no such run in the registry (also a LookupError)
 
@@ -105,6 +106,10 @@ class SpecError(JobError, ValueError):
 
 class AlreadyRunning(JobError):
     """A live run holds this name: two at once would write the same checkpoints."""
+
+
+class VersionMismatch(JobError):
+    """Two parts of one run have different versions of everstep; the message names both."""
 
 
 class UnknownJob(JobError, LookupError):

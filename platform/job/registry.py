@@ -38,7 +38,7 @@ _LOCK_RETRY_S = 0.02
 
 
 class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """What run.json holds. state: starting, running, ended or failed (a dead owner's record may say running);
+    """What run.json holds. state: starting, running, stopping, ended or failed (a dead owner may have left running);
     supervisor: address for `connect`, "" until known; started, ended: wall clock, seconds since 1970."""
 
     job: str
@@ -73,7 +73,7 @@ class RunEntry:
     @property
     def state(self) -> str:
         """The recorded state; "died" when the owner is gone without having ended the run."""
-        unfinished = self.record.state in ("starting", "running")
+        unfinished = self.record.state in ("starting", "running", "stopping")
         return "died" if unfinished and not self.live else self.record.state
 
     @property
@@ -138,8 +138,7 @@ class Registration:
                 self._lock_fd = None
 
     def _write(self) -> None:
-        text = msgspec.json.format(msgspec.json.encode(self._record), indent=2).decode()
-        write_atomic(self.path / "run.json", text + "\n", mode=0o600)
+        _put(self.path, self._record)
 
 
 class Registry:
@@ -221,6 +220,20 @@ class Registry:
         if named:
             raise UnknownJob(f"{job!r} is not live (it {_past(named[0])}); {_list('live runs', every, live=True)}")
         raise UnknownJob(f"no run named {job!r}; {_list('known runs', every)}")
+
+
+def readdress(path: Path, supervisor: str) -> None:
+    """Notes in a run's folder where its supervisor is now. Does nothing where the folder is on another machine."""
+    try:
+        record = msgspec.json.decode((path / "run.json").read_bytes(), type=RunRecord)
+    except (OSError, msgspec.DecodeError):
+        return
+    _put(path, msgspec.structs.replace(record, supervisor=supervisor))
+
+
+def _put(path: Path, record: RunRecord) -> None:
+    text = msgspec.json.format(msgspec.json.encode(record), indent=2).decode()
+    write_atomic(path / "run.json", text + "\n", mode=0o600)
 
 
 def state_folder() -> Path:

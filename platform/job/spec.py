@@ -264,6 +264,13 @@ class JobSpec(_Part):
     ranks: Ranks = Field(
         default_factory=Ranks, description="a map with min, max and spares", examples=["{min: 2, max: 4}"]
     )
+    priority: int = Field(
+        0,
+        ge=-(2**31),
+        lt=2**31,
+        description="a whole number; on a shared cluster jobs with a higher one come first",
+        examples=[0],
+    )
     layout: Layout = Field(
         default_factory=Layout, description="a map with zero, tensor and pipeline", examples=["{zero: 2}"]
     )

@@ -25,12 +25,15 @@ if TYPE_CHECKING:
     from everstep.storage.datasets.parquet import Parquet as Parquet
     from everstep.storage.datasets.text import TextBytes as TextBytes
     from everstep.storage.datasets.tokens import Tokens as Tokens
+    from everstep.submitting import Job as Job
+    from everstep.submitting import submit as submit
 
 __version__ = "0.1.0"
 
 _HOME = {
     "CommitEvent": "everstep.platform.training.task",
     "Dataset": "everstep.platform.training.task",
+    "Job": "everstep.submitting",
     "JobSpec": "everstep.platform.job.spec",
     "JsonLines": "everstep.storage.datasets.json_lines",
     "LaneContext": "everstep.platform.training.task",
@@ -44,6 +47,7 @@ _HOME = {
     "TextBytes": "everstep.storage.datasets.text",
     "Tokens": "everstep.storage.datasets.tokens",
     "run": "everstep.actors.launch",
+    "submit": "everstep.submitting",
 }
 
 __all__ = [  # noqa: RUF022  # the order of the README: what a task needs, then what runs it
@@ -62,6 +66,8 @@ __all__ = [  # noqa: RUF022  # the order of the README: what a task needs, then 
     "JobSpec",
     "RunResult",
     "run",
+    "submit",
+    "Job",
     "__version__",
 ]
 

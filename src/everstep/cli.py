@@ -7,12 +7,9 @@ Thin: reads arguments, asks the registry and a run's client, prints. `run` is in
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
-import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from datetime import datetime
@@ -28,6 +25,7 @@ from rich.table import Table
 from everstep import display as displays
 from everstep import doctor as doctors
 from everstep.checkpoint_cli import app as checkpoint_app
+from everstep.cluster_jobs import cluster_jobs
 from everstep.command import AsJson, JobName, connect_to, fail, find_run, print_table
 from everstep.platform.job.registry import Registry, RunEntry
 from everstep.platform.job.result import Finding
@@ -86,13 +84,61 @@ def run(
 
 
 @app.command()
-def jobs(json_: AsJson = False) -> None:
-    """List the runs of this user on this machine, newest first.
+def submit(
+    spec: Annotated[Path, typer.Argument(metavar="SPEC", help="The job file (YAML).", show_default=False)],
+    address: Annotated[
+        str, typer.Option(metavar="URL", help="The cluster's job server: http://HEAD:8265.", show_default=False)
+    ],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="a.b=VALUE", help="Change a field; VALUE is YAML. May be repeated."),
+    ] = None,
+    detach: Annotated[bool, typer.Option("--detach", help="Print the job's id and return.")] = False,
+    id_: Annotated[
+        str | None, typer.Option("--id", metavar="ID", help="Ray's name of the job; else JOB-XXXXXXXX.")
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check/--no-check", help="Build the task here first; needs its data here.")
+    ] = True,
+    result: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the RunResult here, as JSON.")] = None,
+    json_: AsJson = False,
+) -> None:
+    """Run a job on a Ray cluster through its job server, as `ray job submit` does.
+
+    Uploads the job file's folder, starts `everstep run` there, prints its log, exits as it exits: 0 done, 1 failed,
+    2 refused, 130 stopped. Ctrl-C asks the run to stop after its step, with a checkpoint; a second one ends it. The
+    cluster needs this very version of everstep. A token is taken from where Ray looks: RAY_AUTH_TOKEN_PATH,
+    RAY_AUTH_TOKEN, ~/.ray/auth_token. The run itself is on the cluster: closing this terminal ends nothing.
+
+    \b
+    everstep submit job.yaml --address http://HEAD:8265
+    everstep submit job.yaml --address http://HEAD:8265 --set ranks.max=8 --detach
+    ray job submit --address http://HEAD:8265 --working-dir . -- everstep run job.yaml
+    """
+    from everstep.submitting import SubmitRequest, submit_job
+
+    request = SubmitRequest(spec, address, tuple(set_ or ()), id_, detach, result, json_, check)
+    raise typer.Exit(submit_job(request))
+
+
+@app.command()
+def jobs(
+    address: Annotated[
+        str | None,
+        typer.Option(metavar="ADDR", help="Show the jobs of this Ray cluster, as its controller sees them."),
+    ] = None,
+    json_: AsJson = False,
+) -> None:
+    """List the runs of this user on this machine, newest first; with --address, all jobs of a cluster.
 
     \b
     everstep jobs
     everstep jobs --json
+    everstep jobs --address 10.0.0.1:6379
     """
+    if address is not None:
+        cluster_jobs(address, json_)
+        return
     entries = Registry().runs()
     if json_:
         rows = [
@@ -219,6 +265,29 @@ def scale(
 
 
 @app.command()
+def drain(
+    job: JobName,
+    node: Annotated[str, typer.Option(metavar="ID", help="A Ray node, or how its id begins.")] = "",
+    rank: Annotated[int | None, typer.Option(metavar="R", min=0, help="One rank.", show_default=False)] = None,
+    json_: AsJson = False,
+) -> None:
+    """Have the ranks of a node, or one rank, replaced elsewhere and leave in order. No step is lost.
+
+    \b
+    everstep drain gpt --rank 1
+    everstep drain gpt --node 4f1c09aa
+    """
+    if bool(node) == (rank is not None):
+        fail("name what is to be drained: --node ID or --rank R", EXIT_REFUSED)
+    entry = find_run(job, live=True)
+    refused = connect_to(entry).drain(node, rank)
+    if refused:
+        fail(f"{entry.name}: {refused}")
+    what = f"node {node}" if node else f"rank {rank}"
+    print(json.dumps({"job": entry.name, "draining": what}) if json_ else f"{entry.name}: draining {what}")
+
+
+@app.command()
 def stop(job: JobName, json_: AsJson = False) -> None:
     """Stop a live run after the step in flight, with a checkpoint. The same `everstep run` resumes it.
 
@@ -231,15 +300,29 @@ def stop(job: JobName, json_: AsJson = False) -> None:
 
 
 @app.command()
-def doctor(json_: AsJson = False) -> None:
+def doctor(
+    address: Annotated[
+        str | None,
+        typer.Option(metavar="ADDR", help="Also a cluster: http://HEAD:8265 or HEAD:6379.", show_default=False),
+    ] = None,
+    survey: Annotated[bool, typer.Option("--survey", hidden=True)] = False,
+    json_: AsJson = False,
+) -> None:
     """Check this machine: versions, cores, shared memory, loopback, rights; say what to fix.
 
-    Exits 1 when something must be fixed before a run can work.
+    With --address a Ray cluster too: is it reachable, does it take the token, its job server, its nodes with their
+    CPUs, GPUs, /dev/shm and versions. Exits 1 when something must be fixed before a run can work.
 
     \b
     everstep doctor
+    everstep doctor --address http://HEAD:8265
     """
-    looks = doctors.examine()
+    if survey:  # on the head, for a doctor elsewhere
+        from everstep.actors.ray_doctor import survey as look_around
+
+        print(msgspec.json.encode(look_around(address or os.environ.get("RAY_ADDRESS", "auto"))).decode())
+        return
+    looks = doctors.examine() + (doctors.examine_cluster(address) if address else [])
     if json_:
         print(json.dumps([msgspec.to_builtins(look) for look in looks]))
     else:
@@ -284,31 +367,9 @@ def coordinator(
     everstep coordinator --bind 127.0.0.1:7070 --token-file token --min-peers 2
     python -c 'from everstep.collectives import Group; print(Group.join.__doc__)'
     """
-    from everstep.collectives.coordinator import Coordinator
+    from everstep.coordinating import coordinate
 
-    if token_file is None:
-        fail(
-            "a group needs a secret: write one to a file and name it with --token-file or $EVERSTEP_TOKEN_FILE",
-            EXIT_REFUSED,
-        )
-    try:
-        token = token_file.read_text().strip()
-        served = Coordinator(bind, token, min_peers, timeout_s=timeout, state=state)
-        served.start()
-    except (OSError, RuntimeError, ValueError) as error:
-        fail(f"the coordinator cannot start: {error}", EXIT_REFUSED)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    asked = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: asked.set())
-    line = {"address": served.address, "pid": os.getpid(), "min_peers": min_peers}
-    print(
-        json.dumps(line) if json_ else f"coordinator at {served.address}, for {min_peers} members or more", flush=True
-    )
-    while not asked.wait(0.2) and not served.wait(0):
-        pass
-    served.stop()
-    raise typer.Exit(0 if asked.is_set() else EXIT_FAILED)
+    coordinate(bind, token_file, min_peers, timeout, state, json_)
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """`everstep doctor`: looks at this machine and says what to fix before a run does.
 
-Each look is one function from nothing to a `Look`; none imports torch or ray or changes anything that stays.
+Each look is one function from nothing to a `Look`; none imports torch or ray or changes anything that stays. A
+cluster is looked at where its address is given.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from typing import Literal
 
 import msgspec
 
+import everstep
+from everstep.platform.cluster.survey import judge
 from everstep.platform.job.check import gib
 from everstep.platform.job.registry import state_folder
 
@@ -43,6 +46,19 @@ def examine() -> list[Look]:
     """Looks at everything."""
     looks: list[Callable[[], Look]] = [python, cores, shared_memory, loopback, process_control, open_files]
     return [*(look() for look in looks), *(library(name) for name in _LIBRARIES), state()]
+
+
+def examine_cluster(address: str) -> list[Look]:
+    """Looks at a Ray cluster: at its head's HOST:PORT, or through its job server's URL."""
+    from everstep.actors.ray_doctor import survey  # Ray takes half a second to import
+
+    try:
+        facts = survey(address)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        fix = "take http://HEAD:8265 (the job server) or HEAD:6379 (the cluster), and the head's token"
+        return [Look("cluster", "fail", " ".join(str(error).split()), fix)]
+    judged = judge(facts, everstep.__version__, metadata.version("ray"))
+    return [Look(one.name, one.verdict, one.found, one.fix) for one in judged]
 
 
 def python() -> Look:

@@ -14,6 +14,7 @@ Owns: the process's SIGINT, SIGTERM and SIGHUP handlers while it works. Call fro
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 import sys
@@ -28,14 +29,17 @@ from typing import Any
 from everstep import display as displays
 from everstep.platform.job.check import check
 from everstep.platform.job.client import RunHandle
-from everstep.platform.job.errors import AlreadyRunning, Problem, SpecError
+from everstep.platform.job.errors import AlreadyRunning, Problem, SpecError, VersionMismatch
 from everstep.platform.job.facts import TaskFacts
 from everstep.platform.job.registry import Registration, Registry
 from everstep.platform.job.result import RunResult
 from everstep.platform.job.spec import JobSpec
+from everstep.platform.job.versions import RESULT_MARK, SUBMITTED, check_submitter
 
 EXIT_OK, EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED = 0, 1, 2, 130
 POLL_S = 0.1
+LEAVE_S = 1.5  # `ray job stop` sends SIGKILL 3 s after SIGTERM
+FINISHING_S = 90.0  # how long a run of the same name may take to end that was asked to
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -96,7 +100,7 @@ def run_job(request: RunRequest) -> int:
     try:
         with Interrupts() as interrupts:
             return _run(request, out, interrupts)
-    except (SpecError, AlreadyRunning) as refused:
+    except (SpecError, AlreadyRunning, VersionMismatch) as refused:
         print(f"everstep: {refused}", file=sys.stderr)
         return EXIT_REFUSED
     except KeyboardInterrupt:
@@ -107,30 +111,49 @@ def run_job(request: RunRequest) -> int:
 
 
 def _run(request: RunRequest, out: displays.Display, interrupts: Interrupts) -> int:
+    check_submitter()
     spec = JobSpec.load(request.spec_path, list(request.overrides))
     spec_dir = request.spec_path.resolve().parent
     facts = check(spec, spec_dir, source=str(request.spec_path))
-    _writable(request.result_path)
-    registration = Registry().register(
-        spec.name, spec.run_name, host=request.host, spec=str(request.spec_path.resolve()), steps=spec.steps
-    )
-    code, result = EXIT_FAILED, None
+    writable(request.result_path)
+    registration = _registered(request, spec, out)
+    code, result, left = EXIT_FAILED, None, False
     try:
         out.start(spec, facts, request.host, spec_dir)
         code, result = _launched(request, spec, facts, registration, out, interrupts)
+        left = registration.record.state == "stopping"
         return code
     except KeyboardInterrupt:
         code = EXIT_STOPPED
         raise
-    except SpecError:
+    except (SpecError, VersionMismatch):
         code = EXIT_REFUSED
         raise
     except ConnectionError as error:
         print(f"everstep: {error}", file=sys.stderr)
         return code
     finally:
-        registration.finish(result, code)
+        if not left:  # else the run goes on, and its supervisor takes over the name
+            registration.finish(result, code)
         registration.close()
+
+
+def _registered(request: RunRequest, spec: JobSpec, out: displays.Display) -> Registration:
+    """Takes the run's name; waits for a run of this name that is finishing without a driver."""
+    deadline, told = time.monotonic() + FINISHING_S, False
+    registry = Registry()
+    while True:
+        try:
+            return registry.register(
+                spec.name, spec.run_name, host=request.host, spec=str(request.spec_path.resolve()), steps=spec.steps
+            )
+        except AlreadyRunning:
+            former = registry.find(f"{spec.name}/{spec.run_name}")
+            if (former.live and former.record.state != "stopping") or time.monotonic() > deadline:
+                raise
+        if not told:
+            told = True
+            out.note(f"the run {former.name} before this one is still finishing; waiting for its end")
 
 
 def _launched(
@@ -142,6 +165,7 @@ def _launched(
     interrupts: Interrupts,
 ) -> tuple[int, RunResult | None]:
     from everstep.actors.launch import launch
+    from everstep.actors.ray_driver import under_job
 
     handle: RunHandle = launch(
         spec,
@@ -155,7 +179,15 @@ def _launched(
         try:
             interrupts.watching = True
             registration.update(state="running")
-            result = watch(handle, out, interrupts)
+            result = watch(handle, out, interrupts, leave_s=LEAVE_S if under_job() else None)
+            if result is None:
+                registration.update(state="stopping")
+                name = f"{spec.name}/{spec.run_name}"
+                out.note(
+                    f"{interrupts.asked}: this driver leaves, for Ray would kill it; the run finishes its step and"
+                    f" its checkpoint by itself and ends (here: everstep status {name}); submit it again to resume"
+                )
+                return EXIT_STOPPED, None
         except KeyboardInterrupt:
             interrupts.watching = False
             print("everstep: ending at once", file=sys.stderr)
@@ -186,9 +218,13 @@ def watch(
     out: displays.Display,
     interrupts: Interrupts,
     sleep: Callable[[float], None] = time.sleep,
-) -> RunResult:
-    """Shows a run until it has a result; passes the first signal on as a request to stop."""
-    seen, told = 0, False
+    leave_s: float | None = None,
+) -> RunResult | None:
+    """Shows a run until it has a result; passes the first signal on as a request to stop.
+
+    leave_s: after SIGTERM there is only so much time, and the run can do without us: None where it was left.
+    """
+    seen, told, asked_at = 0, False, 0.0
     while True:
         result = handle.result()  # before the events: none of those before the end may be missed
         for event in handle.events(seen):
@@ -198,9 +234,12 @@ def watch(
         if result is not None:
             return result
         if interrupts.asked and not told:
-            told = True
+            told, asked_at = True, time.monotonic()
             out.note(f"{interrupts.asked}: stopping after this step; once more ends at once")
             handle.stop(interrupts.asked)
+        hurried = leave_s is not None and interrupts.asked == "SIGTERM" and told
+        if hurried and time.monotonic() - asked_at > (leave_s or 0.0) and handle.leave():
+            return None
         sleep(POLL_S)
 
 
@@ -208,6 +247,8 @@ def _show(request: RunRequest, result: RunResult, out: displays.Display) -> None
     if request.result_path is not None:
         result.write(request.result_path)
     out.result(result)
+    if SUBMITTED in os.environ:  # `everstep submit` reads it out of the job's log
+        print(RESULT_MARK + result.to_json(indent=0), flush=True)
 
 
 def _say_how_to_resume(request: RunRequest, spec: JobSpec, result: RunResult | None) -> None:
@@ -222,7 +263,7 @@ def _say_how_to_resume(request: RunRequest, spec: JobSpec, result: RunResult | N
     print(text, file=sys.stderr if request.as_json else sys.stdout, flush=True)
 
 
-def _writable(path: Path | None) -> None:
+def writable(path: Path | None) -> None:
     """Refuses a result file that could not be written, before hours of work; leaves the file as it is."""
     if path is None:
         return

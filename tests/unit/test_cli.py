@@ -42,14 +42,16 @@ GOLDEN = {
     "checkpoint show": ["--json", "--tensors"],
     "checkpoint verify": ["--json"],
     "coordinator": ["--bind", "--json", "--min-peers", "--state", "--timeout", "--token-file"],
-    "doctor": ["--json"],
+    "doctor": ["--address", "--json", "--survey"],
     "findings": ["--json"],
-    "jobs": ["--json"],
+    "jobs": ["--address", "--json"],
     "logs": ["--follow", "--json", "--rank"],
     "run": ["--address", "--host", "--json", "--result", "--set"],
     "scale": ["--json", "--ranks"],
+    "drain": ["--json", "--node", "--rank"],
     "status": ["--json"],
     "stop": ["--json"],
+    "submit": ["--address", "--check", "--detach", "--id", "--json", "--result", "--set"],
 }
 FACTS = TaskFacts(
     parameters=1_846_656,

@@ -23,6 +23,7 @@ GOLDEN = {
     "lanes": 8,
     "lane_batch": 4,
     "ranks": {"min": 2, "max": 4, "spares": 1},
+    "priority": 0,
     "layout": {"zero": 2, "tensor": 1, "pipeline": 1},
     "resources": {"cpus": 1.0, "gpus": 0.0, "threads": 1, "memory": None, "custom": {}, "labels": {}},
     "runtime_env": {},
