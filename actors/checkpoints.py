@@ -10,7 +10,7 @@ from __future__ import annotations
 import platform
 import threading
 from bisect import bisect_right
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -18,17 +18,16 @@ from typing import Any
 
 import msgspec
 
+from everstep.actors.claims import Claims
 from everstep.actors.config import Saved
 from everstep.actors.journal import Journal
+from everstep.actors.run_config import RunConfig
 from everstep.platform.cluster.desk import Resume
 from everstep.platform.job.spec import JobSpec
-from everstep.storage.errors import CheckpointError, StorageError, StoreExists
+from everstep.storage.errors import CheckpointError, StorageError
 from everstep.storage.manifest import CheckpointName, commit, names, read_manifest, run_folder
 from everstep.storage.rank_file import FileRecord
 from everstep.storage.retention import collect
-from everstep.storage.stores.port import Folder
-
-_CLAIMS = "epochs"
 
 
 @dataclass
@@ -42,22 +41,6 @@ class _Open:
     scored: bool = True  # else its evaluation has not been heard of
     failed: str = ""
     reported: set[str] = field(default_factory=set)  # domains
-
-
-def claim_epoch(root: Folder) -> int:
-    """A number that no execution of this run ever had, taken by creating its file. Raises StoreError."""
-    store, claims = root.store, root.child(_CLAIMS)
-    claimed = sorted(int(entry.name) for entry in store.entries(claims.path) if entry.name.isdecimal())
-    epoch = max([*claimed, *(name.epoch for name in names(root))], default=0) + 1
-    while True:
-        try:
-            store.put_new(claims.child(str(epoch)).path, b"claimed\n")
-        except StoreExists:  # another driver was faster
-            epoch += 1
-            continue
-        for old in claimed[:-1]:
-            store.remove_file(claims.child(str(old)).path)
-        return epoch
 
 
 class _InProgress(Collection[str]):
@@ -92,9 +75,16 @@ class CheckpointDesk:
     """Checkpoints of one execution; methods are called by the supervisor's loop."""
 
     def __init__(
-        self, spec: JobSpec, url: str, epoch: int, on_done: Callable[[str, int, str], None], commit_id: str = ""
+        self,
+        spec: JobSpec,
+        url: str,
+        epoch: int,
+        on_done: Callable[[str, int, str], None],
+        commit_id: str = "",
+        claims: Claims | None = None,
     ) -> None:
-        """`url`: the job's `checkpoint.to`, absolute. `commit_id`: of the task's repository, where there is one."""
+        """`url`: the job's `checkpoint.to`, absolute. `commit_id`: of the task's repository, where there is one.
+        `claims`: no manifest is committed once a later epoch is taken."""
         assert spec.checkpoint is not None
         self.root = run_folder(url, spec.name, spec.run_name)
         self._spec = spec
@@ -102,6 +92,7 @@ class CheckpointDesk:
         self._epoch = epoch
         self._on_done = on_done
         self._commit_id = commit_id
+        self._claims = claims
         self._open: dict[str, _Open] = {}
         self._in_progress = _InProgress()
         self._attempts: dict[int, int] = {}  # by step: the next number; no name is used twice in an epoch
@@ -113,6 +104,23 @@ class CheckpointDesk:
         self.newest: Resume | None = None
         self.urls: list[str] = []  # finished by this execution, in the order of their steps
         self._steps: list[int] = []  # of them
+
+    def go_on(self, finished: Sequence[tuple[int, str]]) -> None:
+        """(step, url) of what the supervisors before this one finished in this execution. Raises CheckpointError,
+        StoreError: then memory has to serve, or the checkpoint that the run was started from."""
+        self._steps[:] = [step for step, _ in finished]
+        self.urls[:] = [url for _, url in finished]
+        folders = [url.rstrip("/").rpartition("/")[2] for url in self.urls]
+        self.trusted |= set(folders)
+        if finished:
+            manifest = read_manifest(self.root.child(folders[-1]))
+            row = int(manifest.progress.get("nonfinite_in_a_row", 0))
+            self.newest = Resume(self.urls[-1], manifest.index, row)
+
+    @property
+    def finished(self) -> tuple[tuple[int, str], ...]:
+        """(step, url) in the order of steps."""
+        return tuple(zip(self._steps, self.urls, strict=True))
 
     def begin(self, view: tuple[int, int], step: int, files: int, progress: dict[str, Any]) -> str:
         """The folder for `step`, to be filled by the `files` ranks of `view` (epoch, number). Touches no storage: the
@@ -192,6 +200,8 @@ class CheckpointDesk:
         try:
             if entry.failed:
                 raise StorageError(entry.failed)
+            if self._claims is not None and (newest := self._claims.newest()) > self._epoch:
+                raise StorageError(f"epoch {newest} has taken over from epoch {self._epoch}")
             spec = self._spec
             versions = {name: version(name) for name in ("everstep", "torch")} | {"python": platform.python_version()}
             if self._commit_id:
@@ -244,3 +254,12 @@ class CheckpointDesk:
             return None
         value = metrics.get(metric)
         return float(value) if isinstance(value, int | float) else None
+
+
+def checkpoint_desk(config: RunConfig, on_done: Callable[[str, int, str], None]) -> CheckpointDesk | None:
+    """A run's desk; None where it writes no checkpoints."""
+    url = config.spec.checkpoint_url(config.spec_dir)
+    if url is None:
+        return None
+    claims = config.plan.claims if config.plan is not None else None
+    return CheckpointDesk(config.spec, url, config.epoch, on_done, config.commit_id, claims)

@@ -6,6 +6,8 @@ from typing import Any
 
 import msgspec
 
+from everstep.collectives.messages import Verdict
+
 
 class ManagerConfig(msgspec.Struct, frozen=True):
     run_id: str
@@ -18,6 +20,8 @@ class ManagerConfig(msgspec.Struct, frozen=True):
     frozen_s: float
     stall_s: float
     embedded: bool  # the driver keeps the run folder; else this manager does too
+    epoch: int = 0  # of the supervisor that started it
+    orphan_s: float = 0.0  # how long it waits for a successor of a supervisor that is lost; 0: there will be none
 
 
 class RankConfig(msgspec.Struct, frozen=True):
@@ -113,3 +117,23 @@ class Wake(msgspec.Struct, frozen=True):
 class FaultReached(msgspec.Struct, frozen=True):
     index: int
     step: int
+
+
+class Follow(msgspec.Struct, frozen=True):
+    """The supervisor of `epoch` is at `address`; of the books it took over, `known_step` is the newest step."""
+
+    epoch: int
+    address: str
+    known_step: int
+
+
+class Followed(msgspec.Struct, frozen=True):
+    """A manager's answer; `refused` says why it does not follow."""
+
+    refused: str = ""
+
+
+class Heard(msgspec.Struct, frozen=True):
+    """What a manager that follows has passed on in the newest view it knows: verdicts, oldest first."""
+
+    verdicts: tuple[Verdict, ...] = ()

@@ -8,12 +8,13 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from everstep.platform.cluster.chronicle import finding_of
 from everstep.platform.job.result import Finding, Recovery
 from everstep.platform.job.status import Event
 from everstep.platform.training.messages import Verdict, Vote
@@ -22,7 +23,9 @@ _KEPT_EVENTS = 10_000
 
 
 class Journal:
-    def __init__(self, metrics: Path | None) -> None:
+    def __init__(self, metrics: Path | None, told: Callable[[Event], None] = lambda event: None) -> None:
+        """`told` hears every event; called by the loop."""
+        self._told = told
         self._lock = threading.Lock()
         self._events: deque[Event] = deque(maxlen=_KEPT_EVENTS)
         self._next = 1
@@ -32,19 +35,22 @@ class Journal:
         self.findings: list[Finding] = []
         self.last_text = ""
 
+    def go_on(self, events: Iterable[Event], findings: Iterable[Finding]) -> None:
+        """What was said by the supervisors before this one."""
+        self._events.extend(events)
+        self.findings.extend(findings)
+        if self._events:
+            self._next, self.last_text = self._events[-1].id + 1, self._events[-1].text
+
     def add(self, kind: str, text: str, data: dict[str, Any]) -> None:
         with self._lock:
-            self._events.append(Event(id=self._next, at_s=time.time(), kind=kind, text=text, data=data))
+            event = Event(id=self._next, at_s=time.time(), kind=kind, text=text, data=data)
+            self._events.append(event)
             self._next += 1
             self.last_text = text
             if kind == "finding":
-                self.findings.append(
-                    Finding(
-                        syndrome=str(data.get("syndrome", "unknown")),
-                        first_step=int(data.get("step", 0)),
-                        evidence=text,
-                    )
-                )
+                self.findings.append(finding_of(event))
+        self._told(event)
 
     def recovered(self, recovery: Recovery) -> None:
         text = (
@@ -52,6 +58,9 @@ class Journal:
             f"after {recovery.resume_ms:.0f} ms, {recovery.steps_lost} steps lost"
         )
         self.add("recovered", text, msgspec.to_builtins(recovery))
+
+    def all(self) -> list[Event]:
+        return self.after(0)
 
     def after(self, ident: int) -> list[Event]:
         with self._lock:

@@ -14,11 +14,17 @@ import logging
 import os
 import signal
 import threading
+import time
+from collections import deque
+from functools import partial
 from pathlib import Path
 
 import msgspec
 
 from everstep.actors.config import (
+    Follow,
+    Followed,
+    Heard,
     ManagerConfig,
     Saved,
     SaveSegment,
@@ -35,6 +41,7 @@ from everstep.actors.shelf import DomainShelf
 from everstep.collectives import messages as m
 from everstep.collectives.addresses import interface_towards, node_name
 from everstep.collectives.control import ControlClient, ControlServer, Peer
+from everstep.collectives.errors import CollectiveError
 from everstep.collectives.liveness import Judge
 from everstep.storage.errors import StorageError
 from everstep.storage.rank_file import write_rank_file
@@ -44,11 +51,14 @@ from everstep.storage.stores.opening import folder_at
 log = logging.getLogger(__name__)
 
 _HANG_UP_GRACE_S = 0.5
+_CONNECT_S = 20.0
+_KEPT_VERDICTS = 64  # so many steps a standby may be behind when its supervisor dies
 
 
 class _Trainer(msgspec.Struct):
     peer: Peer
     pid: int
+    join: bytes = b""  # its own word, for a coordinator that comes later
 
 
 class Manager:
@@ -64,13 +74,29 @@ class Manager:
         self._wakes: dict[str, float] = {}
         self._saving: set[threading.Thread] = set()
         self._done = threading.Event()
+        # [Note: following] Held while a coordinator's message is carried out: one that is not followed any more
+        # changes nothing, and what a new one is told is what all before it have left.
+        self._following = threading.RLock()
+        self._epoch = config.epoch
+        self._orphan_since: float | None = None
+        self._verdicts: deque[m.Verdict] = deque(maxlen=_KEPT_VERDICTS)
         self._shelf = DomainShelf(Path(config.run_folder) / config.domain, config.domain, config.stall_s)
         self._parity = ParityKeeper(self._shelf, config.token, config.stall_s)
         host = interface_towards(config.coordinator)
         self._judge = Judge(self._on_dead)
         self._fetch = FetchServer(host, config.token, self._shelf)
-        self._server = ControlServer(f"{host}:0", config.token, self._on_trainer, self._on_trainer_gone, max_peers=64)
-        self._up = ControlClient(config.coordinator, config.token, self._on_coordinator, self._on_coordinator_lost)
+        self._server = ControlServer(
+            f"{host}:0", config.token, self._on_trainer, self._on_trainer_gone, self._on_call, max_peers=64
+        )
+        self._up = self._connect(config.epoch, config.coordinator, _CONNECT_S)
+        self._introduce()
+
+    def _connect(self, epoch: int, address: str, timeout_s: float) -> ControlClient:
+        heard, lost = partial(self._on_coordinator, epoch), partial(self._on_coordinator_lost, epoch)
+        return ControlClient(address, self._config.token, heard, lost, timeout_s)
+
+    def _introduce(self) -> None:
+        config = self._config
         self._tell(m.Watching(config.domain, config.slot, self._fetch.address, os.getpid(), node_name()))
         note = msgspec.msgpack.encode({"control": self._server.address})
         self._tell(m.WatcherNote("listening", note))
@@ -79,6 +105,11 @@ class Manager:
         beat_s = max(self._config.frozen_s / 4, 0.05)
         while not self._done.wait(beat_s):
             self._tell(m.Beat(self._config.domain))
+            since = self._orphan_since
+            if since is not None and time.monotonic() - since > self._config.orphan_s:
+                log.warning("no supervisor came within %g s", self._config.orphan_s)
+                self._end_trainers()
+                self._done.set()
         for thread in list(self._saving):
             thread.join()
         self._up.close()
@@ -93,20 +124,58 @@ class Manager:
 
     # ---- coordinator ------------------------------------------------------------------------------------
 
-    def _on_coordinator(self, data: bytes) -> None:
+    def _on_coordinator(self, epoch: int, data: bytes) -> None:
         envelope = m.decode_envelope(data)
         message = envelope.message
-        if isinstance(message, m.Prepare):
-            self._on_prepare(message)
-        elif envelope.names:
-            self._to_trainers(envelope.names, message)
-        elif isinstance(message, m.Order):
-            self._on_order(message)
+        with self._following:
+            if epoch != self._epoch:
+                return
+            if isinstance(message, m.Prepare):
+                self._on_prepare(message)
+            elif envelope.names:
+                if isinstance(message, m.Verdict):
+                    self._verdicts.append(message)
+                self._to_trainers(envelope.names, message)
+            elif isinstance(message, m.Order):
+                self._on_order(message)
 
-    def _on_coordinator_lost(self, reason: str) -> None:
-        log.warning("the coordinator is lost: %s", reason)
+    def _on_coordinator_lost(self, epoch: int, reason: str) -> None:
+        with self._following:
+            if epoch != self._epoch:
+                return
+            log.warning("the coordinator of epoch %d is lost: %s", epoch, reason)
+            if self._config.orphan_s > 0:  # training goes on up to the next verdict
+                self._orphan_since = time.monotonic()
+                return
         self._end_trainers()
         self._done.set()
+
+    def _on_call(self, data: bytes) -> bytes:
+        return msgspec.msgpack.encode(self._follow(msgspec.msgpack.decode(data, type=Follow)))
+
+    def _follow(self, follow: Follow) -> Followed:
+        """A successor asks: from here on only its word counts ([Note: following])."""
+        with self._following:
+            if follow.epoch <= self._epoch:
+                return Followed(f"epoch {self._epoch} is followed already")
+            try:
+                up = self._connect(follow.epoch, follow.address, self._config.frozen_s)  # it waits no longer
+            except CollectiveError as error:
+                return Followed(str(error))
+            former, self._up = self._up, up
+            self._epoch, self._orphan_since = follow.epoch, None
+            former.send(m.encode(m.WatcherNote("superseded", msgspec.msgpack.encode(follow.epoch))))
+            self._introduce()
+            with self._lock:
+                joined = [(name, t.join) for name, t in self._trainers.items() if t.join and name not in self._dead]
+            for name, join in joined:
+                self._tell(m.FromMember(name, join))
+            newest = max((verdict.id for verdict in self._verdicts), default=None)
+            verdicts = tuple(v for v in self._verdicts if v.id == newest and v.step > follow.known_step)
+            self._tell(m.WatcherNote("heard", msgspec.msgpack.encode(Heard(verdicts))))
+        threading.Thread(target=former.close, name="former", daemon=True).start()
+        log.info("following epoch %d at %s", follow.epoch, follow.address)
+        return Followed()
 
     def _on_order(self, order: m.Order) -> None:
         if order.kind == "release":
@@ -166,6 +235,7 @@ class Manager:
             return  # a zombie changes nothing
         if isinstance(message, m.Join):
             self._trainers[name].pid = message.member.pid
+            self._trainers[name].join = data
             self._tell(m.FromMember(name, data))  # before the judge may speak of it
             if not self._judge.watch(name, message.member.pid):
                 self._on_dead(name, "exited", 0.0)

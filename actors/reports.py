@@ -19,7 +19,7 @@ from everstep.platform.job.status import Phase, Status
 
 @dataclass(frozen=True)
 class Books:
-    """Everything that reports draw on. `urls`: finished checkpoints."""
+    """Everything that reports draw on. `urls`: finished checkpoints; `finished()`: with their steps."""
 
     spec: JobSpec
     host: str
@@ -28,6 +28,7 @@ class Books:
     ledger: Ledger
     journal: Journal
     urls: list[str]
+    finished: Callable[[], tuple[tuple[int, str], ...]] = tuple
 
 
 def domain_of(slot: int) -> str:
@@ -42,7 +43,9 @@ def status_of(
     staffing: st.State,
     failure: Failure | None,
     pid: Callable[[str], int | None],
+    leaders: list[dict[str, Any]],
 ) -> Status:
+    """`leaders`: the supervisor and its standby, as members are shown."""
     spec, ledger = books.spec, books.ledger
     step_s = ledger.step_s
     samples = spec.lanes * spec.lane_batch / step_s if step_s else None
@@ -61,7 +64,7 @@ def status_of(
         step_s=step_s,
         ranks=ledger.ranks if ended else len(mb.current_members(membership)),
         ranks_target=membership.target,
-        members=_members(membership, staffing, pid),
+        members=[*_members(membership, staffing, pid), *leaders],
         last_event=books.journal.last_text,
         recoveries=len(ledger.recoveries),
         checkpoint=books.urls[-1] if books.urls else None,
@@ -119,6 +122,21 @@ def result_of(books: Books, failure: Failure | None, problem: str, now: float) -
         metrics={name: _finite(value) for name, value in ledger.metrics.items()},
         error=failure,
     )
+
+
+def digest_of(result: RunResult) -> dict[str, Any]:
+    """What the cluster's controller keeps of a run that has ended."""
+    return {
+        "job": result.job,
+        "run": result.run,
+        "ok": result.ok,
+        "stopped": result.stopped,
+        "steps": result.steps,
+        "wall_s": result.wall_s,
+        "ranks_final": result.ranks_final,
+        "state_sha256": result.state_sha256,
+        "error": result.error.message if result.error else None,
+    }
 
 
 def _finite(value: float) -> float | None:

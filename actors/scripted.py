@@ -5,6 +5,8 @@ Belongs to the supervisor's loop.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import msgspec
 
 from everstep.actors.config import FaultReached, Wake
@@ -16,11 +18,18 @@ from everstep.platform.job.spec import Fault
 class Script:
     """The job's `faults`. `scales` are asked for after their step has committed."""
 
-    def __init__(self, faults: tuple[Fault, ...], watchers: Watchers) -> None:
+    def __init__(self, faults: tuple[Fault, ...], watchers: Watchers, scaled: Collection[int] = ()) -> None:
+        """`scaled`: steps whose scale was done by a supervisor before this one."""
         self._faults = faults
         self._watchers = watchers
         self._woken: set[str] = set()
-        self.scales = {f.at_step: f.to for f in faults if f.do == "scale" and f.to is not None}
+        scales = {f.at_step: f.to for f in faults if f.do == "scale" and f.to is not None}
+        self._steps = tuple(sorted(scales))
+        self.scales = {step: to for step, to in scales.items() if step not in scaled}
+
+    def scaled(self) -> tuple[int, ...]:
+        """Steps whose scale is done."""
+        return tuple(step for step in self._steps if step not in self.scales)
 
     def reached(self, name: str, domain: str, reached: FaultReached) -> str:
         """Member `name` waits at a fault: lets it strike, and returns what will happen, for the journal."""

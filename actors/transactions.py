@@ -64,9 +64,9 @@ class Transactions:
 
     def do(self, command: mb.Command, now: float) -> None:
         match command:
-            case mb.SendPrepare(prepare):
+            case mb.SendPrepare(prepare, domain):
                 self._tell_released()  # once more: a manager that died before it heard of it has a successor now
-                self._watchers.tell_all(prepare)
+                self._watchers.prepare(prepare, domain)
             case mb.Choose(id, members, inventories, stocks):
                 self._choose(id, members, inventories, stocks)
             case mb.SendView(view):
@@ -134,7 +134,7 @@ class Transactions:
 
     def _acts(self, view: m.View, now: float) -> None:
         names = [member.name for member in view.members]
-        self._ledger.acts(view.base_step, len(names), now)
+        self._ledger.acts(view.base_step, len(names), now, names)
         self.phase = "training"
         text = f"view {view.id} acts from step {view.base_step} with {len(names)} ranks: {', '.join(names)}"
         data = {"view": str(view.id), "step": view.base_step, "ranks": len(names), "members": names}
@@ -176,6 +176,7 @@ class Transactions:
         if verdict.protected_step >= view.base_step and self._released != view.id:
             self._released = view.id  # the new layout is protected: segments of older ones may go
             self._tell_released()
+            self._out.staff(st.Protected())
         payload = msgspec.msgpack.encode(verdict)
         self._out.member(mb.Judged(view.id, step, payload, judgement.finished, verdict.protected_step))
         if judgement.finished:

@@ -44,6 +44,7 @@ def test_a_live_run_is_watched_scaled_and_stopped(tmp_path: Path):
         assert status["loss"] == reference(JobSpec.parse(spec)).losses[2]
         assert sorted(m["rank"] for m in status["members"] if m["rank"] is not None) == [0, 1, 2]
         shown = {member["name"]: member["pid"] for member in status["members"]}
+        assert shown.pop("supervisor") == run.process.pid, "on this host it is in the command itself"
         really = run_processes(run.name)
         assert len(really) >= 6
         assert shown.items() <= really.items()
@@ -186,3 +187,24 @@ def test_too_many_losses_end_the_run():
     assert result.error is not None
     assert result.error.kind == "infrastructure"
     assert "limits.infrastructure: 1" in result.error.message
+
+
+@pytest.mark.parametrize("how", ["drain", "SIGTERM"])
+def test_a_rank_that_is_to_leave_is_replaced_and_no_step_is_lost(tmp_path: Path, how: str) -> None:
+    gates = Gates(tmp_path / "gates")
+    gates.shut(4)
+    with live(job("Gated", args={"gates": str(gates.folder)}, ranks=ranks(2))) as run:
+        run.until(lambda: run.step() == 4, "step 4")
+        (name,) = [m["name"] for m in run.handle.status().members if m["rank"] == 1]
+        if how == "drain":
+            assert "nothing on rank 2" in run.handle.drain("", 2)
+            assert run.handle.drain("", 1) == ""
+        else:
+            os.kill(run_processes(run.spec.name)[name], signal.SIGTERM)
+        run.until(lambda: any(m["state"] == "spare" for m in run.handle.status().members), "a successor")
+        gates.open(4)
+        result = run.result()
+    assert_same_bits(result, run.spec)
+    assert result.recoveries == []
+    cause = "drain" if how == "drain" else "preemption"
+    assert [(r.step, r.from_, r.to, r.cause) for r in result.rescales] == [(5, 2, 2, cause)]

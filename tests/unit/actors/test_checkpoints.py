@@ -13,7 +13,8 @@ import msgspec
 import pytest
 
 from everstep.actors import checkpoints as module
-from everstep.actors.checkpoints import CheckpointDesk, claim_epoch
+from everstep.actors.checkpoints import CheckpointDesk
+from everstep.actors.claims import FolderClaims
 from everstep.actors.config import Saved
 from everstep.actors.journal import Journal
 from everstep.platform.job.spec import JobSpec
@@ -300,10 +301,10 @@ def test_a_storage_that_refuses_is_told_by_who_writes_and_by_who_commits(office:
 
 
 def test_no_two_executions_have_one_epoch(tmp_path: Path) -> None:
-    assert claim_epoch(folder_at(tmp_path / "run")) == 1
+    assert FolderClaims(folder_at(tmp_path / "run")).next() == 1
     office = Office(tmp_path, epoch=6)
     office.checkpoint(1)
     office.desk.close()
-    assert claim_epoch(office.desk.root) == 7
-    assert claim_epoch(office.desk.root) == 8
-    assert [claim_epoch(folder_at(tmp_path / "run")) for _ in range(3)] == [2, 3, 4]
+    assert FolderClaims(office.desk.root).next() == 7
+    assert FolderClaims(office.desk.root).next() == 8
+    assert [FolderClaims(folder_at(tmp_path / "run")).next() for _ in range(3)] == [2, 3, 4]
