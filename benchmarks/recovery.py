@@ -1,9 +1,10 @@
-"""How long a run stands still when a rank is killed, frozen or busy; beside it torchrun, killed the same way.
+"""How long a run stands still when a rank is killed, frozen or busy; beside it Ray Train, torchrun and torchft.
 
 A job runs as `everstep run` in a process of its own. From outside, at a random moment of a step, a rank gets a
 real SIGKILL or SIGSTOP; what counts is the time from the signal to the first step that the next view commits,
-seen in the run's metrics.jsonl (read every 2 ms). The peer is torchrun with DDP over gloo, the same model and
-a torch.save checkpoint after every step. Times depend on the machine and are never asserted.
+seen in the run's metrics.jsonl (read every 2 ms). The peers train the same model on the same data with DDP over
+gloo and get the same signals; those that restart from storage write a torch.save checkpoint after every step.
+Peers that are not installed are named. Times depend on the machine and are never asserted.
 """
 
 import itertools
@@ -11,7 +12,6 @@ import json
 import os
 import random
 import secrets
-import signal
 import statistics
 import sys
 import tempfile
@@ -23,7 +23,9 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 from parts.live_run import START_LIMIT_S, TAIL_S, BenchmarkFailed, LiveRun, left_of
-from peers.torchrun import measure_peer
+from parts.strikes import SIGNALS, Side, Strike, measure_peer
+from peers.restarted import missing_for_ray_train, ray_train, torchrun
+from peers.torchft_replicas import missing_torchft, torchft
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -38,7 +40,8 @@ _BUSY_STEP = 8
 _BUSY_RANK = 1
 _STEPS = 1_000_000  # the run is stopped, it never ends by itself
 _RECOVERY_LIMIT_S = 30.0
-_TARGET_S = {"kill": 0.5, "freeze": 1.0}  # beyond one ordinary step
+_TARGET_RATIO = 15.0  # Ray Train v2's stand-still over ours
+_TARGET_FROZEN_S = 3.0
 _TARGET_STEPS_LOST = 1
 
 
@@ -52,33 +55,20 @@ class HostKind(StrEnum):
     processes = "processes"
 
 
-@dataclass(frozen=True)
-class Strike:
-    """One signal and what followed, in seconds since the signal."""
-
-    rank: int
-    detected_s: float
-    resumed_s: float
-    steps_lost: int
-
-
 @dataclass
 class Report:
-    """What was measured. Times in seconds."""
+    """What was measured. Times in seconds. The first side is the one that the others are compared with."""
 
-    host: str
     spec: str
     seed: int
     ranks: int
+    peer_wait_s: float
     cores: int = os.cpu_count() or 1
     load: list[float] = field(default_factory=list)  # one-minute load averages: start, end
-    ordinary_step_s: float = 0.0
-    cases: dict[str, list[Strike]] = field(default_factory=dict)
-    busy: dict[str, Any] | None = None
-    peer: dict[str, Any] | None = None
+    sides: list[Side] = field(default_factory=list)
+    busy: dict[str, dict[str, Any]] = field(default_factory=dict)
     left: list[int] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    failed: list[str] = field(default_factory=list)  # what could not be measured, and why
+    failed: list[str] = field(default_factory=list)  # what could not be measured of everstep, and why
 
 
 # ---- everstep -------------------------------------------------------------------------------------------
@@ -142,121 +132,165 @@ def busy(run: LiveRun, seconds: float) -> dict[str, Any]:
 
 
 def measure(
-    report: Report, run: LiveRun, spec: JobSpec, counts: dict[str, int], busy_s: float, deadline: float
+    report: Report, side: Side, run: LiveRun, spec: JobSpec, counts: dict[str, int], busy_s: float, deadline: float
 ) -> None:
     chance = random.Random(report.seed)
     run.connect()
     if busy_s > 0:
-        report.busy = busy(run, busy_s)
+        report.busy[side.name] = busy(run, busy_s)
     ordinary: list[float] = []
-    signals = {"kill": signal.SIGKILL, "freeze": signal.SIGSTOP}
     # Kills and freezes take turns, so that a noisy minute on the machine does not fall on one of them alone.
     rounds = [case for i in range(max(counts.values())) for case in counts if i < counts[case]]
-    report.cases = {case: [] for case in counts}
+    side.cases = {case: [] for case in counts}
     for case in rounds:
         if time.monotonic() > deadline:
-            report.notes.append("--limit-s was reached: fewer repetitions than asked for")
+            side.missing = "--limit-s was reached: fewer repetitions than asked for"
             break
         status, steps = settle(run, spec.ranks.max, spec.ranks.spares)
         ordinary += steps
-        report.cases[case].append(strike(run, status, signals[case], statistics.median(ordinary), chance))
-    report.ordinary_step_s = statistics.median(ordinary) if ordinary else 0.0
+        side.ordinary_step_s = statistics.median(ordinary)
+        side.cases[case].append(strike(run, status, SIGNALS[case], side.ordinary_step_s, chance))
+
+
+# ---- the peers ------------------------------------------------------------------------------------------
+
+
+def measure_peers(report: Report, order: "PeerOrder", folder: Path) -> None:
+    """Every peer that is installed, one after the other, with the same model and signals."""
+    peers: list[tuple[str, str, str, Any]] = [
+        ("Ray Train v2", "TorchTrainer, DDP over gloo, all ranks restarted", missing_for_ray_train(), ray_train),
+        ("torchrun", "DDP over gloo, all ranks restarted", "", torchrun),
+        (
+            "torchft",
+            "its gloo, a replica a rank, the survivors go on",
+            missing_torchft(),
+            torchft,
+        ),
+    ]
+    for number, (name, what, missing, start) in enumerate(peers):
+        side = Side(name, what, missing=missing)
+        report.sides.append(side)
+        if missing:
+            continue
+        theirs = folder / f"peer-{number}"
+        theirs.mkdir()
+        try:
+            with start(order.spec, order.changes, order.ranks, theirs) as peer:
+                measure_peer(
+                    side, peer, order.ranks, order.counts, report.seed, START_LIMIT_S, order.wait_s, order.limit_s
+                )
+        except (BenchmarkFailed, OSError) as error:
+            side.missing = str(error)
+        report.left += left_of(theirs)
+
+
+@dataclass(frozen=True)
+class PeerOrder:
+    """What peers are asked for; `wait_s`: for a recovery."""
+
+    spec: Path
+    changes: tuple[str, ...]
+    ranks: int
+    counts: dict[str, int]
+    wait_s: float
+    limit_s: float
 
 
 # ---- the report -----------------------------------------------------------------------------------------
 
 
-def summary(report: Report) -> dict[str, dict[str, Any]]:
-    """Per case: numbers, and whether the targets of the project are met."""
-    found = {}
-    for case, strikes in report.cases.items():
-        if not strikes:
-            continue
-        resumed = [s.resumed_s for s in strikes]
-        median, lost = statistics.median(resumed), max(s.steps_lost for s in strikes)
-        limit = report.ordinary_step_s + _TARGET_S[case]
-        found[case] = {
-            "repetitions": len(strikes),
-            "detected_median_s": statistics.median(s.detected_s for s in strikes),
-            "resumed_median_s": median,
-            "resumed_worst_s": max(resumed),
-            "median_minus_step_s": median - report.ordinary_step_s,
-            "worst_minus_step_s": max(resumed) - report.ordinary_step_s,
-            "steps_lost_worst": lost,
-            "target_s": limit,
-            "ok": median <= limit and lost <= _TARGET_STEPS_LOST,
-        }
-    return found
+def summary(report: Report) -> list[dict[str, Any]]:
+    """A row for each system and case; ratio: how many times as long as everstep's first host it stands still."""
+    rows: list[dict[str, Any]] = []
+    ours: dict[str, float] = {}
+    for side in report.sides:
+        for case, strikes in side.cases.items():
+            resumed = [strike.resumed_s for strike in strikes if strike.resumed_s is not None]
+            if not strikes:
+                continue
+            lost = [strike.steps_lost for strike in strikes if strike.steps_lost is not None]
+            detected = [strike.detected_s for strike in strikes if strike.detected_s is not None]
+            median = statistics.median(resumed) if resumed else None
+            row: dict[str, Any] = {
+                "system": side.name,
+                "case": case,
+                "repetitions": len(strikes),
+                "never": len(strikes) - len(resumed),
+                "detected_median_s": statistics.median(detected) if detected else None,
+                "resumed_median_s": median,
+                "resumed_worst_s": max(resumed, default=None),
+                "steps_lost_worst": max(lost, default=None),
+                "ordinary_step_s": side.ordinary_step_s,
+            }
+            if side.name.startswith("everstep") and median is not None:
+                ours.setdefault(case, median)
+            row["ratio"] = median / ours[case] if median is not None and case in ours else None
+            rows.append(row)
+    return rows
 
 
 def show(report: Report, console: Console) -> None:
     console.print(
-        f"{report.spec} on host {report.host}: {report.ranks} ranks, {report.cores} cores, load "
-        f"{' to '.join(f'{load:.1f}' for load in report.load)}, seed {report.seed}; "
-        f"ordinary step {_ms(report.ordinary_step_s)} (median)"
+        f"{report.spec}: {report.ranks} ranks, {report.cores} cores, load "
+        f"{' to '.join(f'{load:.1f}' for load in report.load)}, seed {report.seed}"
     )
     table = Table(box=box.SIMPLE, pad_edge=False)
-    for column in (
-        "signal to next commit",
-        "n",
-        "median",
-        "worst",
-        "median - step",
-        "detected",
-        "steps lost",
-        "target",
-    ):
-        table.add_column(column, justify="left" if column in ("signal to next commit", "target") else "right")
-    for case, row in summary(report).items():
-        verdict = "pass" if row["ok"] else "FAIL"
+    for column in ("system", "signal to next step", "n", "median", "worst", "steps lost", "step", "x everstep"):
+        table.add_column(column, justify="left" if column in ("system", "signal to next step") else "right")
+    for row in summary(report):
+        never = f"> {report.peer_wait_s:g} s" if row["never"] else None
         table.add_row(
-            {"kill": "SIGKILL", "freeze": "SIGSTOP"}[case], str(row["repetitions"]), _ms(row["resumed_median_s"]),
-            _ms(row["resumed_worst_s"]), _ms(row["median_minus_step_s"]), _ms(row["detected_median_s"]),
-            str(row["steps_lost_worst"]),
-            f"{verdict}: median <= step + {_TARGET_S[case]:g} s, at most {_TARGET_STEPS_LOST} step lost",
+            row["system"], SIGNALS[row["case"]].name, str(row["repetitions"]),
+            _seconds(row["resumed_median_s"]) or never or "-", never or _seconds(row["resumed_worst_s"]) or "-",
+            "-" if row["steps_lost_worst"] is None else str(row["steps_lost_worst"]),
+            f"{row['ordinary_step_s'] * 1000:.0f} ms",
+            f"{row['ratio']:.1f}" if row["ratio"] is not None else "-",
         )  # fmt: skip
     console.print(table)
-    if report.busy is not None:
-        verdict = "pass: not killed" if report.busy["ok"] else f"FAIL: {report.busy['problem']}"
+    console.print(
+        f"aims: SIGKILL at least {_TARGET_RATIO:g} x faster than Ray Train v2 and faster than the others; "
+        f"SIGSTOP at most {_TARGET_FROZEN_S:g} s; at most {_TARGET_STEPS_LOST} step lost"
+    )
+    for side in report.sides:
+        if side.missing:
+            console.print(f"{side.name}: {side.missing}", markup=False)
+    for host, found in report.busy.items():
+        verdict = "pass: not killed" if found["ok"] else f"FAIL: {found['problem']}"
         console.print(
-            f"busy for {report.busy['seconds']:g} s (holds the interpreter lock): "
-            f"longest step {report.busy['longest_step_s']:.1f} s; {verdict}"
+            f"{host}: busy for {found['seconds']:g} s (holds the interpreter lock): "
+            f"longest step {found['longest_step_s']:.1f} s; {verdict}"
         )
-    if report.peer is not None and "resumed_s" in report.peer:
-        peer = report.peer
-        console.print(
-            f"{peer['what']}: SIGKILL to next step {peer['resumed_s']:.2f} s, {peer['steps_lost']} steps lost, "
-            f"ordinary step {_ms(peer['ordinary_step_s'])} with its checkpoint (one repetition)"
-        )
-        if "ratio" in peer:
-            console.print(f"ratio: torchrun stands still {peer['ratio']:.1f} times as long as everstep after a kill")
-    for note in [*report.notes, *report.failed]:
+    for note in report.failed:
         console.print(f"note: {note}", markup=False)
     console.print(f"processes left: {', '.join(map(str, report.left)) or 'none'}")
 
 
-def _ms(seconds: float) -> str:
-    return f"{seconds * 1000:.0f} ms"
+def _seconds(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f} s"
 
 
 @app.command()
 def main(
     spec: Annotated[Path, typer.Argument(metavar="[SPEC]", help="The job.")] = _ROOT / "examples" / "gpt.yaml",
     host: Annotated[
-        HostKind, typer.Option(help="Start ranks as Ray actors or local processes.")
-    ] = HostKind.processes,
+        list[HostKind] | None,
+        typer.Option(help="Start ranks as Ray actors or local processes; both if left out, Ray first."),
+    ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="a.b=VALUE", help="Change a field of the job, as `run` does.")
     ] = None,
     kills: Annotated[int, typer.Option(min=0, help="How often a rank gets SIGKILL.")] = 5,
     freezes: Annotated[int, typer.Option(min=0, help="How often a rank gets SIGSTOP.")] = 5,
     busy_s: Annotated[float, typer.Option(min=0, help="How long one rank holds the interpreter lock; 0: not.")] = 5.0,
-    peer: Annotated[bool, typer.Option(help="Measure torchrun too.")] = True,
-    limit_s: Annotated[float, typer.Option(help="No new repetition begins after this; the peer follows.")] = 140.0,
+    peer: Annotated[bool, typer.Option(help="Measure Ray Train v2, torchrun and torchft too.")] = True,
+    peer_kills: Annotated[int, typer.Option(min=1, help="How often a peer's rank gets SIGKILL.")] = 3,
+    peer_freezes: Annotated[int, typer.Option(min=0, help="How often a peer's rank gets SIGSTOP.")] = 1,
+    peer_wait_s: Annotated[float, typer.Option(help="How long a peer's recovery is waited for.")] = 40.0,
+    limit_s: Annotated[float, typer.Option(help="No new repetition of a system begins after this.")] = 140.0,
     seed: Annotated[int | None, typer.Option(help="Of ranks and moments; random and printed if left out.")] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ) -> None:
-    """Measure recovery: SIGKILL, SIGSTOP and a busy interpreter, beside torchrun. Under 4 minutes by default.
+    """Measure recovery: SIGKILL, SIGSTOP and a busy interpreter, beside the peers. About ten minutes by default.
 
     \b
     python benchmarks/recovery.py
@@ -272,29 +306,28 @@ def main(
     if job.ranks.max < 2 or kills + freezes + busy_s == 0:
         _refuse(f"nothing to measure: ranks.max {job.ranks.max}, kills {kills}, freezes {freezes}, busy {busy_s:g} s")
     shown = str(spec.resolve().relative_to(_ROOT)) if spec.resolve().is_relative_to(_ROOT) else str(spec)
-    report = Report(host.value, shown, secrets.randbelow(1 << 16) if seed is None else seed, job.ranks.max)
+    report = Report(shown, secrets.randbelow(1 << 16) if seed is None else seed, job.ranks.max, peer_wait_s)
     report.load.append(os.getloadavg()[0])
     with tempfile.TemporaryDirectory(prefix="everstep-bench-") as folder:
-        deadline = time.monotonic() + limit_s
-        run = LiveRun(spec, [*changes, f"faults={json.dumps(faults)}"], host.value, Path(folder))
-        try:
-            measure(report, run, job, {"kill": kills, "freeze": freezes}, busy_s, deadline)
-        except (BenchmarkFailed, OSError) as error:  # OSError: it cannot be reached, or a rank left by itself
-            report.failed.append(str(error))
-        finally:
-            run.close()
-        if peer:
-            theirs = Path(folder) / "peer"
-            theirs.mkdir()
+        for kind in dict.fromkeys(host or [HostKind.ray, HostKind.processes]):
+            ours = Path(folder) / kind.value
+            ours.mkdir()
+            side = Side(f"everstep, {kind.value}", f"host {kind.value}")
+            report.sides.append(side)
+            deadline = time.monotonic() + limit_s
+            run = LiveRun(spec, [*changes, f"faults={json.dumps(faults)}"], kind.value, ours)
             try:
-                report.peer = measure_peer(spec, [*changes, "faults=[]"], job.ranks.max, report.seed, theirs)
-            except BenchmarkFailed as error:
-                report.failed.append(str(error))
-        report.left = left_of(Path(folder))
+                measure(report, side, run, job, {"kill": kills, "freeze": freezes}, busy_s, deadline)
+            except (BenchmarkFailed, OSError) as error:  # OSError: it cannot be reached, or a rank left by itself
+                report.failed.append(f"{side.name}: {error}")
+            finally:
+                run.close()
+            report.left += left_of(ours)
+        if peer:
+            theirs = (*changes, "faults=[]")
+            counts = {"kill": peer_kills, "freeze": peer_freezes}
+            measure_peers(report, PeerOrder(spec, theirs, job.ranks.max, counts, peer_wait_s, limit_s), Path(folder))
     report.load.append(os.getloadavg()[0])
-    ours = summary(report).get("kill")
-    if report.peer is not None and ours is not None:
-        report.peer["ratio"] = report.peer["resumed_s"] / ours["resumed_median_s"]
     if json_:
         print(json.dumps({**asdict(report), "summary": summary(report)}))
     else:

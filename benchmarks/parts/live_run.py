@@ -18,6 +18,7 @@ from pathlib import Path
 
 from everstep.actors.client import SupervisorClient
 from everstep.platform.job.registry import Registry
+from everstep.platform.job.result import RunResult
 from everstep.platform.job.spec import JobSpec
 from everstep.platform.job.status import Event, Status
 
@@ -42,19 +43,20 @@ class Line:
 class Tail(threading.Thread):
     """Follows a file of JSON lines and notes when each was first seen."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, every_s: float) -> None:
         super().__init__(name="tail", daemon=True)
         self._path = path
+        self._every_s = every_s
         self._end = threading.Event()
         self.lines: list[Line] = []  # only appended to
 
     def run(self) -> None:
         while not self._path.exists():
-            if self._end.wait(TAIL_S):
+            if self._end.wait(self._every_s):
                 return
         rest = ""
         with self._path.open() as file:
-            while not self._end.wait(TAIL_S):
+            while not self._end.wait(self._every_s):
                 text = file.read()
                 if not text:
                     continue
@@ -71,28 +73,40 @@ class Tail(threading.Thread):
 class LiveRun:
     """A job that runs as `everstep run` in a process of its own, watched through its public client."""
 
-    def __init__(self, spec_path: Path, overrides: Sequence[str], host: str, state: Path) -> None:
+    def __init__(
+        self,
+        spec_path: Path,
+        overrides: Sequence[str],
+        host: str,
+        state: Path,
+        *,
+        tail_s: float = TAIL_S,
+        address: str | None = None,
+    ) -> None:
+        """tail_s: how often the metrics are looked at. address: of a Ray cluster; None embeds one."""
         name = f"bench-{secrets.token_hex(4)}"
         self._state = state
         self._log = state / "run.log"
         command = [sys.executable, "-m", "everstep", "run", str(spec_path), "--host", host]
+        command += ["--address", address] if address else []
         command += [word for value in [*overrides, f"run={name}"] for word in ("--set", value)]
-        with self._log.open("wb") as log:
+        with self._log.open("ab") as log:
             environment = {**os.environ, "EVERSTEP_STATE": str(state)}
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment
             )
         self._client: SupervisorClient | None = None
         self._job = JobSpec.load(spec_path, list(overrides)).name
-        self.tail = Tail(state / "runs" / self._job / name / "metrics.jsonl")
+        self._folder = state / "runs" / self._job / name
+        self.tail = Tail(self._folder / "metrics.jsonl", tail_s)
         self.tail.start()
 
     def connect(self) -> None:
-        """Waits until the supervisor answers. Raises BenchmarkFailed."""
+        """Waits until the supervisor answers, the present one where there was another. Raises BenchmarkFailed."""
 
         def ready() -> bool:
-            entry = next((e for e in Registry(self._state).runs() if e.record.supervisor), None)
-            if entry is None:
+            entry = next((e for e in Registry(self._state).runs() if e.path == self._folder), None)
+            if entry is None or not entry.record.supervisor:
                 return False
             self._client = SupervisorClient(entry.record.supervisor, entry.token())
             with suppress(ConnectionError):
@@ -109,6 +123,30 @@ class LiveRun:
     def events(self, after: int) -> list[Event]:
         assert self._client is not None
         return self._client.events(after)
+
+    def scale(self, ranks: int) -> str:
+        assert self._client is not None
+        return self._client.scale(ranks)
+
+    def drain(self, rank: int) -> str:
+        assert self._client is not None
+        return self._client.drain("", rank)
+
+    @property
+    def pid(self) -> int:
+        """Of `everstep run`."""
+        return self._process.pid
+
+    def over(self) -> bool:
+        return self._process.poll() is not None
+
+    def result(self) -> RunResult:
+        """Of a run that is over. Raises BenchmarkFailed where it left none."""
+        entry = next((e for e in Registry(self._state).runs() if e.path == self._folder), None)
+        result = entry.result() if entry is not None else None
+        if result is None:
+            raise BenchmarkFailed(f"the run ended without a result: {end_of(self._log)}")
+        return result
 
     def wait(self, ready: Callable[[], bool], limit_s: float, what: str, every_s: float = 0.01) -> None:
         """Raises BenchmarkFailed after `limit_s`, or when the run has ended."""

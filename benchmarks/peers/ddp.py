@@ -1,7 +1,8 @@
-"""The peer of recovery.py: the same model, data and optimizer in plain DDP, for torchrun to restart.
+"""The peer's training of recovery.py: the same model, data and optimizer in plain DDP, for others to restart.
 
 Each rank computes its share of the global batch in one forward; rank 0 writes a checkpoint after every step
-(torch.save, then rename) and a line of progress. Started by torchrun only; runs until it is ended.
+(torch.save, then rename) and a line of progress. Started by torchrun as a script, or called by Ray Train's workers
+(ray_train.py); runs until it is ended.
 """
 
 import argparse
@@ -10,6 +11,7 @@ import json
 import os
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -22,28 +24,19 @@ from everstep.platform.training.task_loader import load_task
 _PR_SET_PDEATHSIG = 1
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("spec", type=Path)
-    parser.add_argument("folder", type=Path, help="checkpoint, progress and pids go there")
-    parser.add_argument("--set", action="append", default=[], dest="overrides")
-    options = parser.parse_args()
-    # torchrun gives its workers sessions of their own: without this a killed torchrun would leave them.
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    restart = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
-    (options.folder / f"pid-{restart}-{rank}").write_text(str(os.getpid()))
-
-    spec = JobSpec.load(options.spec, options.overrides)
+def train(spec_path: Path, overrides: Sequence[str], folder: Path, rank: int, ranks: int) -> None:
+    """Trains without end; the process group of torch.distributed exists."""
+    life = len(list(folder.glob(f"pid-*-{rank}")))
+    (folder / f"pid-{life}-{rank}").write_text(str(os.getpid()))
+    spec = JobSpec.load(spec_path, overrides)
     torch.set_num_threads(spec.resources.threads)
-    torch.distributed.init_process_group("gloo")
-    task = load_task(spec.task, options.spec.resolve().parent, spec.args, TaskContext.of(spec))
+    task = load_task(spec.task, spec_path.resolve().parent, spec.args, TaskContext.of(spec))
     torch.manual_seed(spec.seed)
     model = DistributedDataParallel(task.model())
     found = task.optimizer(model.parameters())
     optimizers = found if isinstance(found, list) else [found]
     step = 0
-    checkpoint = options.folder / "checkpoint.pt"
+    checkpoint = folder / "checkpoint.pt"
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True)
         model.module.load_state_dict(saved["model"])
@@ -51,7 +44,7 @@ def main() -> None:
             optimizer.load_state_dict(state)
         step = saved["step"]
     lanes = range(rank * spec.lanes // ranks, (rank + 1) * spec.lanes // ranks)
-    with (options.folder / "progress.jsonl").open("a") as progress:
+    with (folder / f"progress-{rank}.jsonl").open("a") as progress:
         while True:
             batch = task.collate([task.data[i] for lane in lanes for i in task.sample(step, lane)])
             context = LaneContext.keyed(spec.seed, step, lanes[0])
@@ -68,8 +61,21 @@ def main() -> None:
                 written = checkpoint.with_suffix(".new")
                 torch.save({"model": model.module.state_dict(), "optimizers": states, "step": step}, written)
                 written.replace(checkpoint)
-                progress.write(json.dumps({"step": step, "restart": restart, "at_s": time.time()}) + "\n")
+                line = {"step": step, "life": life, "ranks": ranks, "at_s": time.time()}
+                progress.write(json.dumps(line) + "\n")
                 progress.flush()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("spec", type=Path)
+    parser.add_argument("folder", type=Path, help="checkpoint, progress and pids go there")
+    parser.add_argument("--set", action="append", default=[], dest="overrides")
+    options = parser.parse_args()
+    # torchrun gives its workers sessions of their own: without this a killed torchrun would leave them.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    torch.distributed.init_process_group("gloo")
+    train(options.spec, options.overrides, options.folder, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
 
 
 if __name__ == "__main__":
