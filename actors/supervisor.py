@@ -221,10 +221,11 @@ class Supervisor:
 
     def _turn(self, item: tuple[Any, ...]) -> None:
         now = time.monotonic()
-        overslept, self._last_turn = now - self._last_turn > self._spec.timeouts.frozen_s / 2, now
-        if overslept:  # I may have been succeeded: that comes before anything that waits in the queue
-            self.superseded = self._succession.superseded()
-            self._watchers.forgive(now)  # and a judge that was held up believes nobody late
+        if now - self._last_turn > self._spec.timeouts.frozen_s / 2:  # held up: I may have been succeeded
+            self.superseded = self._succession.superseded()  # before anything that waits in the queue; may take long
+            now = time.monotonic()
+            self._watchers.forgive(now)  # a judge that was held up believes nobody late
+        self._last_turn = now
         if not self.superseded:
             self._handle(item)
         if self.superseded:
@@ -389,8 +390,6 @@ class Supervisor:
         self._member(mb.WatcherLost(domain))
         for name in sorted(watcher.members):
             self._member_died(name, f"its manager was lost ({why})", 0.0)
-
-    # ---- deciders and their commands --------------------------------------------------------------------
 
     def _member(self, event: mb.Event) -> None:
         if self._takeover is not None and not isinstance(event, mb.Finish):
