@@ -59,9 +59,6 @@ class Journal:
         )
         self.add("recovered", text, msgspec.to_builtins(recovery))
 
-    def all(self) -> list[Event]:
-        return self.after(0)
-
     def after(self, ident: int) -> list[Event]:
         with self._lock:
             return [event for event in self._events if event.id > ident]

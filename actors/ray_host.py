@@ -171,14 +171,9 @@ class RayHost:
             actor_class: Any = ray.remote(_CLASSES.get(role, TrainerRank))
             handle: Any = actor_class.options(**self._options(role, name, slot, node)).remote(name, self._home)
         except Exception as error:  # its name is taken by an actor of another execution, or Ray is out of reach
-            failed: Future[Any] = Future()
-            failed.set_exception(error)
-            self._events.put(_Event("failed", name, failed))
+            self._fail(name, error)
             return
-        with self._lock:
-            actor.handle = handle
-            if actor.killed:
-                self._kill(actor)
+        self._hold(actor, handle)
         self._follow("where", name, handle.whereabouts.remote())
         self._follow("done", name, handle.run.remote(entry, config))
 
@@ -222,15 +217,21 @@ class RayHost:
                 self._adopt_group(slot)
             handle: Any = ray.get_actor(f"everstep/{self._run}/{name}", namespace=NAMESPACE)
         except Exception as error:  # there is none, or Ray is out of reach
-            failed: Future[Any] = Future()
-            failed.set_exception(error)
-            self._events.put(_Event("failed", name, failed))
+            self._fail(name, error)
             return
+        self._hold(actor, handle)
+        self._follow("gone", name, handle.leave.remote())
+
+    def _fail(self, name: str, error: Exception) -> None:
+        failed: Future[Any] = Future()
+        failed.set_exception(error)
+        self._events.put(_Event("failed", name, failed))
+
+    def _hold(self, actor: _Actor, handle: Any) -> None:
         with self._lock:
             actor.handle = handle
             if actor.killed:
                 self._kill(actor)
-        self._follow("gone", name, handle.leave.remote())
 
     def node(self, name: str) -> str | None:
         """The id of the Ray node that `name` runs on, where known."""

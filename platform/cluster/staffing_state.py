@@ -194,7 +194,7 @@ class Unwanted:
 
 @dataclass(frozen=True)
 class Want:
-    """The cluster should have room for so many slots in all; 0: no wish."""
+    """Not all of so many slots have room; 0: they do."""
 
     slots: int
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import os
-import secrets
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import yaml
 
@@ -23,6 +20,7 @@ from everstep.platform.job.spec import JobSpec
 from everstep.storage.checkpoint import find_newest
 from everstep.storage.stores.opening import folder_at
 from integration.harness import Gates, ask, assert_same_bits, job_dict, until
+from integration.own_cluster import own_cluster
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -42,45 +40,8 @@ cluster.close()
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a cluster that this test starts, with a token, and ends by its own processes."""
-    folder = tmp_path_factory.mktemp("cluster")
-    token = folder / "token"
-    token.write_text(secrets.token_hex(32))
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "token")
-        patch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
-        ray = Path(sys.executable).with_name("ray")
-        port = address.rsplit(":", 1)[1]
-        # Ray's sockets are below its folder and must have short names; pytest's own folder is too deep for them.
-        short = Path("/tmp") / f"everstep-test-ray-{os.getpid()}"
-        words = ["start", "--head", "--block", "--num-cpus=8", f"--port={port}", "--node-ip-address=127.0.0.1"]
-        words += ["--include-dashboard=false", "--disable-usage-stats", f"--temp-dir={short}"]
-        with (folder / "head.log").open("w") as log:
-            head = subprocess.Popen([str(ray), *words], stdout=log, stderr=log, start_new_session=True)
-        try:
-            until(lambda: _listens(address) or head.poll() is not None, "the head", 60)
-            assert head.poll() is None, (folder / "head.log").read_text()
-            yield address
-        finally:
-            family = [head.pid, *(child.pid for child in psutil.Process(head.pid).children(recursive=True))]
-            for pid in family:
-                try:
-                    os.kill(pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    continue
-            head.wait(10)
-            until(lambda: not any(psutil.pid_exists(pid) for pid in family[1:]), "the cluster's end", 20)
-            subprocess.run(["rm", "-rf", str(short)], check=True)
-
-
-def _listens(address: str) -> bool:
-    host, port = address.rsplit(":", 1)
-    try:
-        socket.create_connection((host, int(port)), 1).close()
-    except OSError:
-        return False
-    return True
+    with own_cluster(tmp_path_factory.mktemp("cluster"), cpus=8) as address:
+        yield address
 
 
 def _nothing_left(address: str) -> bool:
