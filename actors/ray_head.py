@@ -46,6 +46,19 @@ def off_head() -> dict[str, str]:
     return {"ray.io/node-id": f"!{heads[0]}"} if heads and len(living) > 1 else {}
 
 
+def off_this_node() -> dict[str, str]:
+    """Label selector for an actor that is to outlive this process's node, as `off_head`; off the head's node, too,
+    where there is a third."""
+    living = [node for node in _nodes() if node["Alive"]]
+    mine = _context().get_node_id()
+    others = [node for node in living if node["NodeID"] != mine]
+    heads = [node["NodeID"] for node in others if _HEAD in node["Resources"]]
+    if not others:
+        return {}
+    avoided = [mine, *heads] if len(heads) < len(others) else [mine]
+    return {"ray.io/node-id": f"!in({','.join(avoided)})"}
+
+
 def own_address() -> str:
     """The address under which the cluster knows this process's node."""
     mine = _context().get_node_id()

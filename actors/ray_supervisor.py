@@ -23,11 +23,10 @@ from ray.util.placement_group import (
     placement_group_table,
     remove_placement_group,
 )
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from everstep.actors.ray_actors import Home, Shell, Whereabouts, machine_id
 from everstep.actors.ray_cluster import NAMESPACE
-from everstep.actors.ray_head import off_head
+from everstep.actors.ray_head import off_head, off_this_node
 from everstep.actors.run_folder import RunFolder
 from everstep.collectives.addresses import NODE_VARIABLE
 from everstep.platform.job.errors import VersionMismatch
@@ -168,12 +167,7 @@ def start_standby(
     run_folder: RunFolder | None = None,
 ) -> None:
     """Starts a run's `number`th standby, on another node than this process's where there is one; does not wait."""
-    mine = ray.get_runtime_context().get_node_id()
-    nodes: Any = ray.nodes  # untyped
-    others = sorted(node["NodeID"] for node in nodes() if node["Alive"] and node["NodeID"] != mine)
-    place = {}
-    if others:
-        place["scheduling_strategy"] = NodeAffinitySchedulingStrategy(others[number % len(others)], soft=True)
+    place = {"label_selector": selector} if (selector := off_this_node()) else {}
     handle = _actor(run, f"standby-{number}", log_dir, runtime_env, run_folder, place)
     handle.serve.remote(STANDBY_ENTRY, config)
 
