@@ -28,6 +28,7 @@ from everstep.collectives.algorithms.by_host import HostReduce
 from everstep.collectives.algorithms.direct import DirectReduce
 from everstep.collectives.algorithms.halving import HalvingReduce
 from everstep.collectives.algorithms.moves import Moves
+from everstep.collectives.algorithms.quantised import quantised
 from everstep.collectives.algorithms.ring import RingReduce
 from everstep.collectives.algorithms.spread import Spread
 from everstep.collectives.members import Members
@@ -48,6 +49,7 @@ def makers(n: int, hosts: int):
     if hosts:
         groups = [list(range(n))[i * n // hosts : (i + 1) * n // hosts] for i in range(hosts)]
         reduces["by host"] = lambda flow, tensor: HostReduce(flow, "sum", tensor, groups)
+    reduces["minmax8"] = lambda flow, tensor: quantised("sum", tensor, "minmax8", None, None)(flow)
     broadcasts = {
         "moves": lambda flow, tensor: Moves(
             flow, [(flow.peers, (tensor,))] if flow.me == 0 else [], {} if flow.me == 0 else {0: (tensor,)}

@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from everstep.collectives import Coordinator
+from everstep.collectives.quantisation import CODECS
 
 _SIZES = "1K,1M,16M,64M,256M"
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
@@ -63,12 +64,13 @@ class Row:
 
 @dataclass
 class Report:
+    quantize: str = ""
     cores: int = os.cpu_count() or 1
     load: list[float] = field(default_factory=list)  # one-minute load averages: start, end
     rows: list[Row] = field(default_factory=list)
 
 
-def measure(ranks: int, cases: list[Case], transports: list[str]) -> Iterator[Row]:
+def measure(ranks: int, cases: list[Case], transports: list[str], quantize: str | None = None) -> Iterator[Row]:
     """Starts that many processes, and yields each case's row when all have measured it."""
     spawn = mp.get_context("spawn")
     token = secrets.token_hex(16)
@@ -82,7 +84,7 @@ def measure(ranks: int, cases: list[Case], transports: list[str]) -> Iterator[Ro
             cleanup.callback(coordinator.stop)
             groups[transport] = coordinator.address
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        meeting = Meeting(groups, token, store.port, ranks, REGISTERED in transports)
+        meeting = Meeting(groups, token, store.port, ranks, REGISTERED in transports, quantize)
         pipes = []
         for rank in range(ranks):
             ours, theirs = spawn.Pipe(duplex=False)
@@ -131,7 +133,9 @@ def mean(values: Iterable[float]) -> float:
 
 def summary(report: Report) -> list[dict[str, Any]]:
     """Each target with what was found."""
-    found = []
+    found: list[dict[str, Any]] = []
+    if report.quantize:  # the targets are float32's
+        return found
 
     def add(what: str, transport: str, values: list[float], value: float, target: float, at_least: bool) -> None:
         ok = value >= target if at_least else value <= target
@@ -156,7 +160,8 @@ def summary(report: Report) -> list[dict[str, Any]]:
 
 def show(report: Report, console: Console) -> None:
     load = " to ".join(f"{load:.1f}" for load in report.load)
-    console.print(f"all-reduce, float32 sum, {report.cores} cores, load {load}; medians of the slowest rank's time")
+    what = f"float32 sum{', ours ' * bool(report.quantize)}{report.quantize}"
+    console.print(f"all-reduce, {what}, {report.cores} cores, load {load}; medians of the slowest rank's time")
     transports = list(report.rows[0].ours_s)
     table = Table(box=box.SIMPLE, pad_edge=False)
     for column in ("ranks", "size", "n", "Gloo"):
@@ -239,6 +244,9 @@ def main(
         str, typer.Option(help="Ours: auto (shared memory), registered, tcp.")
     ] = "auto,registered,tcp",
     rounds: Annotated[float, typer.Option(min=0.01, help="Multiplies the number of timed calls.")] = 1.0,
+    quantize: Annotated[
+        str, typer.Option(help="Ours with 8 bit codes, minmax8 or zeropoint8, beside Gloo's float32.")
+    ] = "",
     json_: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ) -> None:
     """Measure all-reduce over shared memory and TCP beside Gloo. About 2 minutes by default.
@@ -252,12 +260,14 @@ def main(
         _fail(f"--ranks is {ranks!r}; allowed are numbers of 2 and more, such as 2,4", 2)
     if not set(transport.split(",")) <= set(_TRANSPORTS):
         _fail(f"--transport is {transport!r}; allowed are {', '.join(_TRANSPORTS)}", 2)
+    if quantize not in ("", *CODECS):
+        _fail(f"--quantize is {quantize!r}; allowed are {', '.join(CODECS)}", 2)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # its guess from the host's name may be no loopback
-    report = Report()
+    report = Report(quantize)
     report.load.append(os.getloadavg()[0])
     cases = _cases(sizes, rounds)
     for n in map(int, ranks.split(",")):
-        report.rows += measure(n, cases, transport.split(","))
+        report.rows += measure(n, cases, transport.split(","), quantize or None)
     report.load.append(os.getloadavg()[0])
     if json_:
         rows = [{**asdict(row), "ratio": {name: row.ratio(name) for name in row.ours_s}} for row in report.rows]

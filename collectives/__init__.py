@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from everstep.collectives.errors import Mismatch as Mismatch
     from everstep.collectives.errors import PeerLost as PeerLost
     from everstep.collectives.errors import TransactionAborted as TransactionAborted
+    from everstep.collectives.feedback import ErrorFeedback as ErrorFeedback
     from everstep.collectives.group import Group as Group
     from everstep.collectives.group import GroupView as GroupView
     from everstep.collectives.work import Work as Work
@@ -28,6 +29,7 @@ _HOME = {
     "CollectiveTimeout": _ERRORS,
     "Coordinator": "everstep.collectives.coordinator",
     "CoordinatorLost": _ERRORS,
+    "ErrorFeedback": "everstep.collectives.feedback",
     "Evicted": _ERRORS,
     "Group": "everstep.collectives.group",
     "GroupView": "everstep.collectives.group",
@@ -43,6 +45,7 @@ __all__ = [
     "CollectiveTimeout",
     "Coordinator",
     "CoordinatorLost",
+    "ErrorFeedback",
     "Evicted",
     "Group",
     "GroupView",

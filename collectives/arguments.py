@@ -7,6 +7,9 @@ from collections.abc import Sequence
 import torch
 
 from everstep.collectives.algorithms.reduction import COMBINE
+from everstep.collectives.feedback import ErrorFeedback
+from everstep.collectives.quantisation import CODECS
+from everstep.collectives.quantisation import FLOATS as CODED
 
 INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -65,6 +68,25 @@ def check_op(kind: str, op: str, tensor: torch.Tensor) -> None:
             f"{kind}: tensor is of {name_of(tensor.dtype)}; allowed with op {op!r} are "
             f"{', '.join(map(name_of, allowed))}"
         )
+
+
+def check_quantize(
+    kind: str, quantize: str | None, op: str, tensor: torch.Tensor, feedback: ErrorFeedback | None
+) -> None:
+    schemes = ", ".join(CODECS)
+    if quantize is None:
+        raise ValueError(f"{kind}: feedback is for quantize {schemes}, and quantize is None; leave feedback out")
+    if not isinstance(quantize, str) or quantize not in CODECS:
+        raise ValueError(f"{kind}: quantize is {quantize!r}; allowed are None, {schemes}")
+    if op not in ("sum", "avg"):
+        raise ValueError(f"{kind}: op is {op!r} with quantize {quantize!r}; allowed are sum, avg; others with None")
+    if tensor.dtype not in CODED:
+        raise ValueError(
+            f"{kind}: tensor is of {name_of(tensor.dtype)} with quantize {quantize!r}; allowed are "
+            f"{', '.join(map(name_of, CODED))}; convert it first (tensor.float()), or reduce it with quantize None"
+        )
+    if feedback is not None and not isinstance(feedback, ErrorFeedback):
+        raise TypeError(f"{kind}: feedback is a {type(feedback).__name__}; an ErrorFeedback is needed")
 
 
 def check_rank(kind: str, argument: str, rank: int, size: int) -> None:

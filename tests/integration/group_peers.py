@@ -172,6 +172,13 @@ class _Member:
             time.sleep(0.01)
         return self.group.pending()
 
+    def await_joiners(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """The same in any order."""
+        deadline = time.monotonic() + WAIT_S
+        while not set(names) <= set(self.group.pending()) and time.monotonic() < deadline:
+            time.sleep(0.005)
+        return self.group.pending()
+
     def leave(self) -> None:
         self.group.leave()
 
@@ -205,6 +212,18 @@ class _Member:
                 self.group.reform(WAIT_S)
             longest_s = max(longest_s, time.monotonic() - began)
         return {"committed": committed, "lost": lost, "longest_s": longest_s}
+
+    def quantised(self, trial: Any) -> Any:
+        from integration.quantised_trials import take_part
+
+        return take_part(self.group, self.name, trial)
+
+    def reform_without(self, gone: str) -> tuple[str, ...]:
+        """Waits until this member, too, knows that `gone` is."""
+        deadline = time.monotonic() + WAIT_S
+        while gone in self.group.reform(WAIT_S).members and time.monotonic() < deadline:
+            time.sleep(0.002)
+        return self.group.view.members
 
     def cut_from(self, other: str) -> None:
         """From now on this process reaches `other` in no view: the link breaks now, and so does each new one."""

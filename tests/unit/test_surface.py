@@ -44,6 +44,7 @@ COLLECTIVES = {
     "CollectiveTimeout",
     "Coordinator",
     "CoordinatorLost",
+    "ErrorFeedback",
     "Evicted",
     "Group",
     "GroupView",

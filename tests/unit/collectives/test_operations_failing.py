@@ -11,6 +11,7 @@ import pytest
 import torch
 from tests.unit.collectives.members import LIMIT_S, Members, Peer, members
 
+from everstep.collectives import ErrorFeedback
 from everstep.collectives.errors import CollectiveError, CollectiveTimeout, Mismatch, PeerLost
 from everstep.collectives.transport.channel import Channel
 from everstep.collectives.work import Work
@@ -308,7 +309,24 @@ WRONG: list[tuple[Callable[[Peer], Work], type[Exception], str]] = [
     (lambda p: p.all_reduce(ONE[:1].expand(4)), ValueError, r"tensor is expanded \(strides \(0,\)\) and is written"),
     (lambda p: p.all_reduce(ONE, tag="a"), TypeError, r"tag is 'a'; an integer is needed"),
     (lambda p: p.all_reduce(ONE, tag=1 << 63), ValueError, r"tag is 9223372036854775808; it must fit in 64 bits"),
-    (lambda p: p.all_reduce(ONE, quantize="int8"), ValueError, r"quantize is 'int8'; allowed is None"),
+    (
+        lambda p: p.all_reduce(ONE, quantize="int8"),
+        ValueError,
+        r"quantize is 'int8'; allowed are None, minmax8",
+    ),
+    (lambda p: p.all_reduce(ONE, quantize=8), ValueError, r"quantize is 8; allowed are None, minmax8, zeropoint8"),
+    (
+        lambda p: p.all_reduce(ONE, op="max", quantize="minmax8"),
+        ValueError,
+        r"op is 'max' with quantize 'minmax8'; allowed are sum, avg; others with None",
+    ),
+    (
+        lambda p: p.all_reduce(ONE.long(), quantize="zeropoint8"),
+        ValueError,
+        r"tensor is of int64 with quantize 'zeropoint8'; allowed are float32, bfloat16, float16; convert it first",
+    ),
+    (lambda p: p.all_reduce(ONE, feedback=ErrorFeedback()), ValueError, r"quantize is None; leave feedback out"),
+    (lambda p: p.all_reduce(ONE, quantize="minmax8", feedback=1), TypeError, r"feedback is a int; an ErrorFeedback"),
     (lambda p: p.reduce_scatter(ONE, ONE), ValueError, r"output has 4 elements; it must have 2, one of 2 parts"),
     (lambda p: p.reduce_scatter(ONE, torch.ones(7)), ValueError, r"tensor has 7 elements; 2 equal parts are needed"),
     (lambda p: p.reduce_scatter(ONE.int(), torch.ones(8)), ValueError, r"output is of int32 and tensor of float32"),
