@@ -55,6 +55,19 @@ COLLECTIVES = {
     "Work",
 }
 
+TORCH_BACKEND = {
+    "COORDINATOR_VARIABLE",
+    "TOKEN_FILE_VARIABLE",
+    "EverstepProcessGroup",
+    "TorchEvicted",
+    "TorchMismatch",
+    "TorchPeerLost",
+    "TorchTimeout",
+    "group",
+    "lost",
+    "reform",
+}
+
 # What the CLI, the supervisor and the snapshot managers start from.
 WITHOUT_TORCH_AND_RAY = (
     "everstep",
@@ -73,6 +86,16 @@ def _sources() -> list[Path]:
     """Every Python file of the project, each once (rglob does not follow the links in src/everstep)."""
     folders = [ROOT / name for name in (*FOLDERS, "src", "tests", "examples", "benchmarks")]
     return sorted(path for folder in folders for path in folder.rglob("*.py"))
+
+
+def test_the_torch_backend_is_registered_by_its_import():
+    import torch.distributed as dist
+
+    from everstep.collectives import torch_backend
+
+    assert set(torch_backend.__all__) == TORCH_BACKEND
+    assert "everstep" in dist.Backend.backend_list
+    assert dist.Backend.default_device_backend_map["cpu"] == "gloo"  # which is not ours to take
 
 
 def test_exports_are_frozen():
