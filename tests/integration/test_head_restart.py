@@ -42,7 +42,7 @@ class Cluster:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         # Ray's sockets are below its folder and must have short names; pytest's own folder is too deep for them.
-        self._short = Path("/tmp") / f"ever-head-{os.getpid()}"
+        self._short = Path("/tmp") / f"ever-{os.getpid()}"
         with socket.create_server(("127.0.0.1", 0)) as probe:
             self.address = f"127.0.0.1:{probe.getsockname()[1]}"
         self.head: list[psutil.Popen] = []
@@ -51,9 +51,9 @@ class Cluster:
     def start_head(self) -> None:
         # Ray's note of a head on this machine; it would take the worker's raylet, which names the same address,
         # for a head that lives. Where nodes are machines there is none.
-        (self._short / "ray_current_cluster").unlink(missing_ok=True)
+        (self._short / "head" / "ray_current_cluster").unlink(missing_ok=True)
         port = self.address.rsplit(":", 1)[1]
-        words = ["--head", f"--port={port}", "--num-cpus=0", "--include-dashboard=false", f"--temp-dir={self._short}"]
+        words = ["--head", f"--port={port}", "--num-cpus=0", "--include-dashboard=false"]
         head = self._start("head", *words)
         until(lambda: self.listens() or not head.is_running(), "the head", 60)
         assert head.is_running(), (self._folder / "head.log").read_text()
@@ -68,7 +68,12 @@ class Cluster:
 
     def _start(self, name: str, *options: str) -> psutil.Popen:
         ray = Path(sys.executable).with_name("ray")
-        words = [str(ray), "start", "--block", *options, "--disable-usage-stats", "--object-store-memory=100000000"]
+        # A folder of each node's own, as on machines: a head that comes back unpacks a job's folder for the standby
+        # anew, and in a common one deletes it under the worker's processes.
+        folder = self._short / name
+        folder.mkdir(parents=True, exist_ok=True)
+        always = [f"--temp-dir={folder}", "--disable-usage-stats", "--object-store-memory=100000000"]
+        words = [str(ray), "start", "--block", *options, *always]
         with (self._folder / f"{name}.log").open("a") as log:
             return psutil.Popen(words, stdout=log, stderr=log, start_new_session=True)
 
